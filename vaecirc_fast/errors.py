@@ -1,0 +1,13 @@
+"""The errors a user can meet: each is one line that names the argument, what was given and what is expected."""
+
+
+class InputError(ValueError):
+    """A wrong argument, file or configuration. The command line exits with code 2 on it."""
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run here; the message names the command that would make it available."""
+
+
+class MissingExtra(ImportError):
+    """An optional dependency is not installed; the message names the extra to install."""

@@ -1,0 +1,85 @@
+// Python module _C: the CPU kernels, one line an op. Takes raw addresses and sizes, so one build serves every torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common.h"
+#include "cpu/effect_reduction.h"
+
+namespace py = pybind11;
+using namespace vaecirc;
+
+namespace {
+
+struct Kernels {
+    const char* set;
+    bool (*effect_reduction)(const EffectReduction&);
+    bool (*effect_reduction_backward)(const EffectReductionBackward&);
+};
+
+#define VAECIRC_KERNELS(set) {#set, set::effect_reduction, set::effect_reduction_backward},
+const Kernels BUILT[] = {VAECIRC_FOR_EACH_ISA(VAECIRC_KERNELS)};
+const Kernels* chosen = &BUILT[0];
+
+bool runs_here(const std::string& set) {
+#if defined(__x86_64__)
+    if (set == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (set == "avx512")
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd") && runs_here("avx2");
+#endif
+    return set == "baseline";
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const Kernels& kernels : BUILT)
+        if (runs_here(kernels.set)) names.push_back(kernels.set);
+    return names;
+}
+
+void set_instruction_set(const std::string& name) {
+    for (const Kernels& kernels : BUILT)
+        if (name == kernels.set && runs_here(name)) {
+            chosen = &kernels;
+            return;
+        }
+    throw std::invalid_argument("instruction set '" + name + "' was not built or does not run on this processor");
+}
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void checked(bool ok) {
+    if (!ok) throw std::bad_alloc();
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "CPU kernels of vaecirc_fast on raw addresses; called through vaecirc_fast._native only.";
+    m.def("instruction_sets", &instruction_sets, "Sets that were built and run here, narrowest first.");
+    m.def("set_instruction_set", &set_instruction_set);
+    m.def("instruction_set", [] { return chosen->set; });
+
+    m.def("effect_reduction", [](uintptr_t base, uintptr_t perturbed, uintptr_t labels, int dtype, int link, int64_t B, int64_t I,
+                                 int64_t P, int64_t G, const std::vector<int32_t>& kinds, bool sum, uintptr_t out, int threads) {
+        py::gil_scoped_release release;
+        checked(chosen->effect_reduction({at<void>(base), at<void>(perturbed), at<int32_t>(labels), DType(dtype), Link(link), B, I, P,
+                                          G, kinds.data(), int64_t(kinds.size()), sum, at<void>(out), threads}));
+    });
+    m.def("effect_reduction_backward",
+          [](uintptr_t base, uintptr_t perturbed, uintptr_t labels, int dtype, int link, int64_t B, int64_t I, int64_t P, int64_t G,
+             uintptr_t factors, int64_t factors_stride, uintptr_t grad_base, uintptr_t grad_perturbed, int threads) {
+              py::gil_scoped_release release;
+              checked(chosen->effect_reduction_backward({at<void>(base), at<void>(perturbed), at<int32_t>(labels), DType(dtype),
+                                                         Link(link), B, I, P, G, at<void>(factors), factors_stride,
+                                                         at<void>(grad_base), at<void>(grad_perturbed), threads}));
+          });
+}

@@ -1,0 +1,35 @@
+"""vaecirc_fast: fused kernels and the whole measuring stack for causal interpretability of generative models."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from . import errors, groups, ops
+from ._registry import backend, backends
+
+if TYPE_CHECKING:
+    from . import data, interventions, metrics, models, planted, report, studies, sweeps, training
+    from .interventions import latent_sweep, posterior_scale, wrap
+
+__all__ = [
+    *("backend", "backends", "data", "errors", "groups", "interventions", "latent_sweep", "metrics", "models", "ops", "planted"),
+    *("posterior_scale", "report", "studies", "sweeps", "training", "wrap"),
+]
+__version__ = "0.1.0"
+
+# Loaded when first used, so that `import vaecirc_fast` stays as quick as torch itself.
+_MODULES = frozenset({"data", "interventions", "metrics", "models", "planted", "report", "studies", "sweeps", "training"})
+_FUNCTIONS = {name: "interventions" for name in ("latent_sweep", "posterior_scale", "wrap")}
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f".{_FUNCTIONS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES, *_FUNCTIONS])

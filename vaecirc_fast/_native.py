@@ -1,0 +1,65 @@
+"""Finds the compiled modules `_C` (CPU) and `_C_cuda`; where one is missing, says which command builds it.
+
+The instruction set is the widest that runs here; VAECIRC_ISA=baseline|avx2|avx512 overrides it.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch  # loads libgomp first: _C then shares its threads instead of bringing a second runtime
+
+from .errors import BackendError
+
+BUILD_COMMAND = "pip install -e ."
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+# A forked child that starts a second thread would wait for ever on the parent's thread pool.
+_forked = False
+
+
+def _mark_forked() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_mark_forked)
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        from . import _C  # pyright: ignore[reportAttributeAccessIssue]
+    except ImportError as error:
+        return None, f"the C++ module is not built ({error}): run `{BUILD_COMMAND}` in the source tree"
+    wanted = os.environ.get("VAECIRC_ISA")
+    names = _C.instruction_sets()
+    if wanted and wanted not in names:
+        raise BackendError(f"VAECIRC_ISA={wanted}: not built or not supported by this processor; available: {', '.join(names)}")
+    _C.set_instruction_set(wanted or names[-1])
+    return _C, None
+
+
+_module, _reason = _load()
+
+
+def cpp_reason() -> str | None:
+    """Why the C++ backend cannot run, or None if it can."""
+    return _reason
+
+
+def cpp() -> ModuleType:
+    """The module `_C`; BackendError with the build command where it is missing."""
+    if _module is None:
+        raise BackendError(str(_reason))
+    return _module
+
+
+def cuda_reason() -> str | None:
+    """Why the CUDA backend cannot run."""
+    return "no op has a CUDA kernel in this version"
+
+
+def threads(elements: int) -> int:
+    """Threads for a kernel over `elements` elements: torch's number, or one for tiny inputs and in forked children."""
+    return 1 if _forked or elements < 1 << 16 else torch.get_num_threads()

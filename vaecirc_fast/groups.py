@@ -1,0 +1,94 @@
+"""Partitions of a module's output elements into the groups that effects are reported for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A partition of P output elements (the output flattened, row-major) into G named groups.
+
+    labels: (P,) int32, the group of each element in [0, G), or -1 for an element left out.
+    names: G strings. shape: how to lay the groups out in a picture, with prod(shape) = G.
+    order, offsets: the elements sorted by group, (n,) int32, and where each group starts in it, (G + 1,) int32.
+    """
+
+    labels: Tensor
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    order: Tensor = field(repr=False)
+    offsets: Tensor = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def sizes(self) -> Tensor:
+        """Elements per group, (G,) int64."""
+        return self.offsets.diff().long()
+
+    def to(self, device: torch.device | str) -> Groups:
+        """The same partition on `device`."""
+        if self.labels.device == torch.device(device):
+            return self
+        return Groups(self.labels.to(device), self.names, self.shape, self.order.to(device), self.offsets.to(device))
+
+
+def from_labels(labels: Tensor | Sequence[int], names: Sequence[str] | None = None, shape: tuple[int, ...] | None = None) -> Groups:
+    """Any partition: `labels` (P,) integers, groups 0..G-1 with none empty, -1 for elements left out."""
+    labels = torch.as_tensor(labels)
+    if labels.ndim != 1 or labels.is_floating_point() or labels.numel() == 0:
+        raise InputError(f"labels: expected integers of shape (P,), P > 0, got {labels.dtype} {tuple(labels.shape)}")
+    if int(labels.min()) < -1 or int(labels.max()) < 0:
+        raise InputError("labels: expected groups 0..G-1, or -1 for elements in no group")
+    labels = labels.to("cpu", torch.int64)
+    count = int(labels.max()) + 1
+    kept = labels[labels >= 0]
+    sizes = torch.bincount(kept, minlength=count)
+    if bool((sizes == 0).any()):
+        raise InputError(f"labels: group {int((sizes == 0).nonzero()[0])} of 0..{count - 1} has no element")
+    names = tuple(names) if names is not None else tuple(f"group {g}" for g in range(count))
+    if len(names) != count:
+        raise InputError(f"names: expected {count}, one a group, got {len(names)}")
+    order = torch.argsort(labels, stable=True)[int((labels < 0).sum()) :]
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    return Groups(labels.int(), names, shape or (count,), order.int(), offsets.int())
+
+
+def whole(elements: int) -> Groups:
+    """One group that holds all `elements` output elements."""
+    return from_labels(torch.zeros(elements, dtype=torch.int64), ["output"])
+
+
+def cells(height: int, width: int, cell: int, channels: int = 1) -> Groups:
+    """Square cells of `cell` pixels a side of a (channels, height, width) image; a cell spans all channels.
+
+    Where `cell` does not divide a side, the last cells of it are smaller.
+    """
+    if min(height, width, cell, channels) < 1:
+        raise InputError(f"cells: sizes must be positive, got {height} x {width}, cell {cell}, channels {channels}")
+    rows, columns = -(-height // cell), -(-width // cell)
+    r = torch.arange(height) // cell
+    c = torch.arange(width) // cell
+    labels = (r[:, None] * columns + c).expand(channels, height, width).reshape(-1)
+    names = [f"cell {i},{j}" for i in range(rows) for j in range(columns)]
+    return from_labels(labels, names, (rows, columns))
+
+
+def channels(count: int, height: int, width: int) -> Groups:
+    """One group per colour channel of a (count, height, width) image."""
+    return from_labels(torch.arange(count).repeat_interleave(height * width), [f"channel {c}" for c in range(count)])
+
+
+def spans(sizes: Sequence[int], names: Sequence[str] | None = None) -> Groups:
+    """Consecutive spans of the given sizes, as the columns or feature groups of a table."""
+    if len(sizes) == 0 or min(sizes) < 1:
+        raise InputError(f"spans: sizes must be positive, got {list(sizes)}")
+    return from_labels(torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)), names)

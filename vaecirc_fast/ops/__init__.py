@@ -1,0 +1,5 @@
+"""The ops: one file each, with its checks, its schema, its gradient and its table of kernels."""
+
+from .effect_reduction import effect_reduction
+
+__all__ = ["effect_reduction"]

@@ -1,0 +1,42 @@
+"""The beta-VAE (Higgins et al. 2017): the VAE with its KL term weighted by beta."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import InputError
+from .vae import VAE, positive
+
+
+class BetaVAE(VAE):
+    """VAE whose loss is reconstruction + beta * KL, with `beta` > 0; the other arguments are VAE's.
+
+    The "kl" term of the loss is the weighted one, so that the terms sum to the loss; divide by `beta` for nats.
+    """
+
+    name = "beta_vae"
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        latents: int = 10,
+        *,
+        beta: float = 4.0,
+        net: str = "conv",
+        likelihood: str = "bernoulli",
+        width: float = 1.0,
+    ):
+        if not positive(beta):
+            raise InputError(f"beta: expected a positive number, got {beta!r}")
+        super().__init__(shape, latents, net=net, likelihood=likelihood, width=width)
+        self.beta = beta
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "beta": self.beta}
+
+    def terms(self, x: Tensor, logits: Tensor, z: Tensor, mu: Tensor, logvar: Tensor) -> dict[str, Tensor]:
+        """ "reconstruction" and "kl" = beta * KL, in nats per image."""
+        terms = super().terms(x, logits, z, mu, logvar)
+        return {**terms, "kl": self.beta * terms["kl"]}

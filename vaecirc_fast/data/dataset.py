@@ -45,10 +45,10 @@ class Dataset:
         if not self.complete:
             raise InputError(f"index_of: the factors of {self.name!r} do not determine the image")
         v = torch.as_tensor(v, device=self.device)
-        if v.ndim != 2 or v.shape[1] != len(self.factor_sizes) or v.is_floating_point():
+        if v.ndim != 2 or v.shape[1] != len(self.factor_sizes) or not _holds_integers(v):
             raise InputError(
-                f"v: expected integers of shape (B, {len(self.factor_sizes)}) in the order {', '.join(self.factor_names)}, "
-                f"got {v.dtype} {tuple(v.shape)}"
+                f"v: expected integers of shape (B, {len(self.factor_sizes)}) in the order "
+                f"{', '.join(self.factor_names)}, got {v.dtype} {tuple(v.shape)}"
             )
         sizes = torch.tensor(self.factor_sizes, device=self.device)
         if bool(((v < 0) | (v >= sizes)).any()):
@@ -76,8 +76,12 @@ class Dataset:
 
     def _checked(self, indices: Tensor | Sequence[int]) -> Tensor:
         indices = torch.as_tensor(indices, device=self.device)
-        if indices.ndim != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
+        if indices.ndim != 1 or not _holds_integers(indices):
             raise InputError(f"indices: expected integers of shape (B,), got {indices.dtype} {tuple(indices.shape)}")
         if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= len(self)):
             raise InputError(f"indices: must lie in [0, {len(self)}) for {self.name!r}")
         return indices.long()
+
+
+def _holds_integers(t: Tensor) -> bool:
+    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from .dsprites import DSprites
 
 __all__ = ["Dataset", "load", "names"]
 
-_DATASETS: dict[str, type[Dataset]] = {"dsprites": DSprites, "digits": Digits}
+_DATASETS: dict[str, Callable[..., Dataset]] = {"dsprites": DSprites, "digits": Digits}
 
 
 def names() -> tuple[str, ...]:

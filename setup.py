@@ -1,4 +1,5 @@
-# Build of the native module: each kernel file once per instruction set, plus the mapping of triton_kernels into the package.
+# Build of the native module: each kernel file once per instruction set, plus the mapping of triton_kernels into the
+# package.
 import os
 import platform
 

@@ -29,8 +29,9 @@ bool runs_here(const std::string& set) {
 #if defined(__x86_64__)
     if (set == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (set == "avx512")
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd") && runs_here("avx2");
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512cd") && runs_here("avx2");
 #endif
     return set == "baseline";
 }
@@ -68,18 +69,21 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_instruction_set", &set_instruction_set);
     m.def("instruction_set", [] { return chosen->set; });
 
-    m.def("effect_reduction", [](uintptr_t base, uintptr_t perturbed, uintptr_t labels, int dtype, int link, int64_t B, int64_t I,
-                                 int64_t P, int64_t G, const std::vector<int32_t>& kinds, bool sum, uintptr_t out, int threads) {
-        py::gil_scoped_release release;
-        checked(chosen->effect_reduction({at<void>(base), at<void>(perturbed), at<int32_t>(labels), DType(dtype), Link(link), B, I, P,
-                                          G, kinds.data(), int64_t(kinds.size()), sum, at<void>(out), threads}));
-    });
-    m.def("effect_reduction_backward",
-          [](uintptr_t base, uintptr_t perturbed, uintptr_t labels, int dtype, int link, int64_t B, int64_t I, int64_t P, int64_t G,
-             uintptr_t factors, int64_t factors_stride, uintptr_t grad_base, uintptr_t grad_perturbed, int threads) {
+    m.def("effect_reduction",
+          [](uintptr_t base, uintptr_t perturbed, uintptr_t labels, int dtype, int link, int64_t B, int64_t I,
+             int64_t P, int64_t G, const std::vector<int32_t>& kinds, bool sum, uintptr_t out, int threads) {
               py::gil_scoped_release release;
-              checked(chosen->effect_reduction_backward({at<void>(base), at<void>(perturbed), at<int32_t>(labels), DType(dtype),
-                                                         Link(link), B, I, P, G, at<void>(factors), factors_stride,
-                                                         at<void>(grad_base), at<void>(grad_perturbed), threads}));
+              checked(chosen->effect_reduction({at<void>(base), at<void>(perturbed), at<int32_t>(labels), DType(dtype),
+                                                Link(link), B, I, P, G, kinds.data(), int64_t(kinds.size()), sum,
+                                                at<void>(out), threads}));
+          });
+    m.def("effect_reduction_backward",
+          [](uintptr_t base, uintptr_t perturbed, uintptr_t labels, int dtype, int link, int64_t B, int64_t I,
+             int64_t P, int64_t G, uintptr_t factors, int64_t factors_stride, uintptr_t grad_base,
+             uintptr_t grad_perturbed, int threads) {
+              py::gil_scoped_release release;
+              checked(chosen->effect_reduction_backward(
+                  {at<void>(base), at<void>(perturbed), at<int32_t>(labels), DType(dtype), Link(link), B, I, P, G,
+                   at<void>(factors), factors_stride, at<void>(grad_base), at<void>(grad_perturbed), threads}));
           });
 }

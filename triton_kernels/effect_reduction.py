@@ -1,7 +1,8 @@
 """Triton kernels of `effect_reduction`; the mathematics is vaecirc_fast/reference/effect_reduction.py.
 
 A program owns one row (one perturbed output) and a block of groups, and reads the elements group by group through the
-order table. The sectors of a row that a group uses in part are used by its neighbours out of L1, so device memory is read once.
+order table. The sectors of a row that a group uses in part are used by its neighbours out of L1, so device memory is
+read once.
 """
 
 import torch

@@ -13,13 +13,30 @@ if TYPE_CHECKING:
     from .interventions import latent_sweep, posterior_scale, wrap
 
 __all__ = [
-    *("backend", "backends", "data", "errors", "groups", "interventions", "latent_sweep", "metrics", "models", "ops", "planted"),
-    *("posterior_scale", "report", "studies", "sweeps", "training", "wrap"),
+    "backend",
+    "backends",
+    "data",
+    "errors",
+    "groups",
+    "interventions",
+    "latent_sweep",
+    "metrics",
+    "models",
+    "ops",
+    "planted",
+    "posterior_scale",
+    "report",
+    "studies",
+    "sweeps",
+    "training",
+    "wrap",
 ]
 __version__ = "0.1.0"
 
 # Loaded when first used, so that `import vaecirc_fast` stays as quick as torch itself.
-_MODULES = frozenset({"data", "interventions", "metrics", "models", "planted", "report", "studies", "sweeps", "training"})
+_MODULES = frozenset(
+    {"data", "interventions", "metrics", "models", "planted", "report", "studies", "sweeps", "training"}
+)
 _FUNCTIONS = {name: "interventions" for name in ("latent_sweep", "posterior_scale", "wrap")}
 
 

@@ -57,4 +57,6 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}): it is damaged or not ours; delete it to start over") from error
+        raise InputError(
+            f"{path} is not valid JSON ({error}): it is damaged or not ours; delete it to start over"
+        ) from error

@@ -35,7 +35,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
     wanted = os.environ.get("VAECIRC_ISA")
     names = _C.instruction_sets()
     if wanted and wanted not in names:
-        raise BackendError(f"VAECIRC_ISA={wanted}: not built or not supported by this processor; available: {', '.join(names)}")
+        raise BackendError(
+            f"VAECIRC_ISA={wanted}: not built or not supported by this processor; available: {', '.join(names)}"
+        )
     _C.set_instruction_set(wanted or names[-1])
     return _C, None
 
@@ -62,4 +64,4 @@ def cuda_reason() -> str | None:
 
 def threads(elements: int) -> int:
     """Threads for a kernel over `elements` elements: torch's number, or one for tiny inputs and in forked children."""
-    return 1 if _forked or elements < 1 << 16 else torch.get_num_threads()
+    return 1 if _forked or elements < 1 << 18 else torch.get_num_threads()

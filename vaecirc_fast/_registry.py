@@ -1,7 +1,7 @@
 """One row an op: which backends have a kernel for it, and which kernel a call gets.
 
-The rule is here and nowhere else: `auto` takes the first available kernel in the row's order for the tensor's device and
-dtype; a backend chosen by `vf.backend(name)` or VAECIRC_BACKEND must be able to run, or the call is an error.
+The rule is here and nowhere else: `auto` takes the first available kernel in the row's order for the tensor's device
+and dtype; a backend chosen by `vf.backend(name)` or VAECIRC_BACKEND must be able to run, or the call is an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One cell of a row: `load()` imports the functions by name when first needed; `reason(device)` is None if it can run."""
+    """One cell of a row: `load()` imports the functions when first needed; `reason(device)` is None if it can run."""
 
     load: Callable[[], Mapping[str, Callable]]
     devices: tuple[str, ...]
@@ -106,8 +106,8 @@ def _checked(name: str, where: str) -> str:
 def backend(name: str) -> Iterator[None]:
     """Within this context every op runs on backend `name`: "auto", "reference", "cpp", "triton" or "cuda".
 
-    An op whose forced backend cannot run raises BackendError; nothing falls back silently. The default outside any context
-    is the environment variable VAECIRC_BACKEND, else "auto".
+    An op whose forced backend cannot run raises BackendError; nothing falls back silently. The default outside any
+    context is the environment variable VAECIRC_BACKEND, else "auto".
     """
     token = _forced.set(_checked(name, "backend"))
     try:

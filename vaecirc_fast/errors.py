@@ -6,8 +6,12 @@ class InputError(ValueError):
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot run here; the message names the command that would make it available."""
+    """A backend was asked for by name and cannot run here; the message says why and what would change it."""
 
 
 class MissingExtra(ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the weights became NaN or infinite; the message names the step and the last good checkpoint."""

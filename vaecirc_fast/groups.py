@@ -41,7 +41,9 @@ class Groups:
         return Groups(self.labels.to(device), self.names, self.shape, self.order.to(device), self.offsets.to(device))
 
 
-def from_labels(labels: Tensor | Sequence[int], names: Sequence[str] | None = None, shape: tuple[int, ...] | None = None) -> Groups:
+def from_labels(
+    labels: Tensor | Sequence[int], names: Sequence[str] | None = None, shape: tuple[int, ...] | None = None
+) -> Groups:
     """Any partition: `labels` (P,) integers, groups 0..G-1 with none empty, -1 for elements left out."""
     labels = torch.as_tensor(labels)
     if labels.ndim != 1 or labels.is_floating_point() or labels.numel() == 0:

@@ -1,9 +1,10 @@
-// CPU kernel `effect_reduction`: one pass over the perturbed outputs, no temporary of their size. See effect_reduction.h.
+// CPU kernel `effect_reduction`: one pass over the perturbed outputs, no temporary of their size. See
+// effect_reduction.h.
 //
 // A row (one perturbed output) is cut into chunks of 16 elements. Chunks with the same 16 labels share a slot: a vector
-// accumulator that stays in L1. Images cut into cells have few slots, so the loop is pure vertical additions, and labels
-// are looked at only once a row, when lanes are added to their groups. A partition with too many slots (an arbitrary one)
-// is scattered element by element instead.
+// accumulator that stays in L1. Images cut into cells have few slots, so the loop is pure vertical additions, and
+// labels are looked at only once a row, when lanes are added to their groups. A partition with too many slots (an
+// arbitrary one) is scattered element by element instead.
 #include "effect_reduction.h"
 
 #include <omp.h>
@@ -16,10 +17,11 @@ namespace {
 
 #define INLINE static inline __attribute__((always_inline))
 
-constexpr int64_t TILE = 1024;      // elements converted at once; a multiple of LANES
-constexpr int64_t MAX_SLOTS = 256;  // 16 KB of float accumulators: half of L1
-constexpr int64_t SAMPLE_BLOCKS = 8;   // partial sums over samples; fixed, so that threads change nothing
-constexpr int64_t BLOCK_I = 16;        // interventions of one task when summing
+constexpr int64_t TILE = 1024;        // elements converted at once; a multiple of LANES
+constexpr int64_t MAX_SLOTS = 256;    // 16 KB of float accumulators: half of L1
+constexpr int64_t PREFETCH = 1024;    // elements ahead: the hardware stops at each 4 KB page
+constexpr int64_t SAMPLE_BLOCKS = 8;  // partial sums over samples; fixed, so that threads change nothing
+constexpr int64_t BLOCK_I = 16;       // interventions of one task when summing
 
 struct bf16 {
     uint16_t bits;
@@ -73,9 +75,9 @@ INLINE f64x16 exp_negative(f64x16 t) {
     const f64x16 n = (x * 1.4426950408889634 + round) - round;
     const f64x16 r = (x - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;
     f64x16 p = f64x16{} + 1.0 / 6227020800.0;
-    const double inverse_factorial[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
-                                        1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,     1.0 / 6,
-                                        0.5,             1.0,            1.0};
+    const double inverse_factorial[] = {
+        1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
+        1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5,          1.0,         1.0};
     for (double c : inverse_factorial) p = p * r + c;
     const i64x16 scale = (__builtin_convertvector(n, i64x16) + 1023) << 52;
     const f64x16 e = p * (f64x16)scale;
@@ -137,22 +139,56 @@ INLINE const T* as_working(const IN* x, T* scratch, int64_t n) {
     }
 }
 
+// Whole chunks of one tile whose slots repeat with a period of 1, 2 or 4 chunks, as the rows of an image do; 0: no
+// period.
+struct Segment {
+    int64_t chunk, chunks;
+    int period;
+};
+
 // The partition, prepared for rows: which slot each chunk adds to, and which group each lane of a slot belongs to.
 struct Plan {
-    int64_t chunks;       // ceil(P / LANES); the last may be partial
-    int32_t* slot;        // (chunks), or null: scatter
+    int64_t chunks;          // ceil(P / LANES); the last may be partial
+    Segment* segments;       // of all tiles, then one that ends the list
+    int64_t* first_segment;  // (tiles)
+    int32_t* slot;           // (chunks), or null: scatter
     int64_t slots;
-    int32_t* position;    // (entries) index into a slot accumulator ...
-    int32_t* group;       // ... and the group it belongs to
+    int folds;          // so many times, neighbouring lanes of every slot belong together and can be added up
+    int32_t* position;  // (entries) index into a slot accumulator ...
+    int32_t* group;     // ... and the group it belongs to
     int64_t entries;
-    double* inverse_size; // (G) 1 / elements of the group
+    double* inverse_size;  // (G) 1 / elements of the group
 };
 
 void free_plan(Plan& plan) {
+    free(plan.segments);
+    free(plan.first_segment);
     free(plan.slot);
     free(plan.position);
     free(plan.group);
     free(plan.inverse_size);
+}
+
+void find_segments(Plan& plan, int64_t P) {
+    const int64_t whole = P / LANES, per_tile = TILE / LANES;
+    int64_t count = 0;
+    for (int64_t c = 0; c < whole;) {
+        const int64_t end = c - c % per_tile + per_tile < whole ? c - c % per_tile + per_tile : whole;
+        if (c % per_tile == 0) plan.first_segment[c / per_tile] = count;
+        Segment best = {c, 1, 0};
+        for (int period = 1; period <= 4; period *= 2) {
+            int64_t n = period;
+            while (c + n < end && plan.slot[c + n] == plan.slot[c + n - period]) ++n;
+            n -= n % period;
+            if (c + n <= end && n >= 3 * period && n > best.chunks) best = {c, n, period};
+        }
+        if (best.period == 0 && count > 0 && plan.segments[count - 1].period == 0 && c % per_tile != 0)
+            plan.segments[count - 1].chunks += 1;
+        else plan.segments[count++] = best;
+        c += best.chunks;
+    }
+    if (whole % per_tile == 0) plan.first_segment[whole / per_tile] = count;
+    plan.segments[count] = {whole + per_tile, 0, 0};
 }
 
 bool make_plan(Plan& plan, const int32_t* labels, int64_t P, int64_t G) {
@@ -162,11 +198,14 @@ bool make_plan(Plan& plan, const int32_t* labels, int64_t P, int64_t G) {
     int32_t table[TABLE];
     memset(table, -1, sizeof table);
     int32_t* pattern = (int32_t*)malloc(MAX_SLOTS * LANES * sizeof(int32_t));
+    plan.segments = (Segment*)malloc((plan.chunks + 1) * sizeof(Segment));
+    plan.first_segment = (int64_t*)malloc((P / TILE + 1) * sizeof(int64_t));
     plan.slot = (int32_t*)malloc((plan.chunks + 1) * sizeof(int32_t));
     plan.position = (int32_t*)malloc(MAX_SLOTS * LANES * sizeof(int32_t));
     plan.group = (int32_t*)malloc(MAX_SLOTS * LANES * sizeof(int32_t));
     plan.inverse_size = (double*)calloc(G + 1, sizeof(double));
-    if (!pattern || !plan.slot || !plan.position || !plan.group || !plan.inverse_size) {
+    if (!pattern || !plan.segments || !plan.first_segment || !plan.slot || !plan.position || !plan.group ||
+        !plan.inverse_size) {
         free(pattern);
         free_plan(plan);
         return false;
@@ -181,7 +220,7 @@ bool make_plan(Plan& plan, const int32_t* labels, int64_t P, int64_t G) {
         uint32_t hash = 0;
         for (int k = 0; k < LANES; ++k) {
             const int64_t p = c * LANES + k;
-            lanes[k] = p < P ? labels[p] : -1;
+            lanes[k] = p < P ? labels[p] : lanes[k - 1];  // padding differs by 0 and may join any group
             hash = (hash ^ (uint32_t)lanes[k]) * 0x9E3779B1u;
         }
         int64_t h = (hash >> 16) % TABLE;
@@ -197,8 +236,13 @@ bool make_plan(Plan& plan, const int32_t* labels, int64_t P, int64_t G) {
         plan.slot[c] = table[h];
     }
     if (fits) {
+        find_segments(plan, P);
+        plan.folds = 4;
+        for (int64_t s = 0; s < plan.slots; ++s)
+            for (int k = 0; k < LANES; ++k)
+                while (pattern[s * LANES + k] != pattern[s * LANES + (k >> plan.folds << plan.folds)]) --plan.folds;
         // Lane by lane, so that neighbouring entries seldom add to the same group and do not wait for each other.
-        for (int k = 0; k < LANES; ++k)
+        for (int k = 0; k < LANES; k += 1 << plan.folds)
             for (int64_t s = 0; s < plan.slots; ++s)
                 if (pattern[s * LANES + k] >= 0) {
                     plan.position[plan.entries] = (int32_t)(s * LANES + k);
@@ -221,43 +265,61 @@ INLINE int sum_of(int kind) {
     return index[kind];
 }
 
-// Adds the sums in MASK of y - b over n elements, the first of which starts chunk `chunk`, to their slots.
-template <class T, int MASK>
-void add_chunks(const Plan& plan, const T* b, const T* y, int64_t chunk, int64_t n, T* const slots[3]) {
+// Adds the sums in MASK of y - b over the chunks of one segment to their slots. Q > 0: the segment repeats Q slots,
+// which stay in registers; Q = 0: any slots, through memory.
+template <class T, int MASK, int Q>
+INLINE void add_segment(const int32_t* slot, const T* b, const T* y, int64_t chunks, T* const slots[3]) {
     typedef typename Vector<T>::type V;
     typedef typename Vector<T>::unaligned U;
+    constexpr int N = Q > 0 ? Q : 1;
+    V abs[N] = {}, square[N] = {}, plain[N] = {};
+    for (int64_t c = 0; c < chunks; c += N)
+#pragma GCC unroll 4
+        for (int q = 0; q < N; ++q) {
+            const T* here = y + (c + q) * LANES;
+            __builtin_prefetch(here + PREFETCH);
+            const V d = *(const U*)here - *(const U*)(b + (c + q) * LANES);
+            if (Q > 0) {
+                if (MASK & ABS) abs[q] += vabs<T>(d);
+                if (MASK & SQUARE) square[q] += d * d;
+                if (MASK & PLAIN) plain[q] += d;
+            } else {
+                const int64_t s = slot[c] * LANES;
+                if (MASK & ABS) *(V*)(slots[0] + s) += vabs<T>(d);
+                if (MASK & SQUARE) *(V*)(slots[1] + s) += d * d;
+                if (MASK & PLAIN) *(V*)(slots[2] + s) += d;
+            }
+        }
+    if (Q > 0)
+        for (int q = 0; q < N; ++q) {
+            const int64_t s = slot[q] * LANES;
+            if (MASK & ABS) *(V*)(slots[0] + s) += abs[q];
+            if (MASK & SQUARE) *(V*)(slots[1] + s) += square[q];
+            if (MASK & PLAIN) *(V*)(slots[2] + s) += plain[q];
+        }
+}
+
+// The same over n elements, a whole tile or the row's last part, the first of which starts chunk `chunk`.
+template <class T, int MASK>
+void add_tile(const Plan& plan, const T* b, const T* y, int64_t chunk, int64_t n, T* const slots[3]) {
+    typedef typename Vector<T>::type V;
     const int64_t whole = n / LANES;
-    const int32_t* slot = plan.slot + chunk;
-    int64_t c = 0;
-    while (c < whole) {
-        int64_t end = c + 1;
-        while (end < whole && slot[end] == slot[c]) ++end;
-        V abs0 = {}, abs1 = {}, square0 = {}, square1 = {}, plain0 = {}, plain1 = {};
-        const int64_t s = slot[c] * LANES;
-        for (; c + 2 <= end; c += 2) {
-            const V d0 = *(const U*)(y + c * LANES) - *(const U*)(b + c * LANES);
-            const V d1 = *(const U*)(y + (c + 1) * LANES) - *(const U*)(b + (c + 1) * LANES);
-            if (MASK & ABS) abs0 += vabs<T>(d0), abs1 += vabs<T>(d1);
-            if (MASK & SQUARE) square0 += d0 * d0, square1 += d1 * d1;
-            if (MASK & PLAIN) plain0 += d0, plain1 += d1;
+    for (const Segment* s = plan.segments + plan.first_segment[chunk * LANES / TILE]; s->chunk < chunk + whole; ++s) {
+        const int64_t at = (s->chunk - chunk) * LANES;
+        const int32_t* slot = plan.slot + s->chunk;
+        switch (s->period) {
+            case 1: add_segment<T, MASK, 1>(slot, b + at, y + at, s->chunks, slots); break;
+            case 2: add_segment<T, MASK, 2>(slot, b + at, y + at, s->chunks, slots); break;
+            case 4: add_segment<T, MASK, 4>(slot, b + at, y + at, s->chunks, slots); break;
+            default: add_segment<T, MASK, 0>(slot, b + at, y + at, s->chunks, slots);
         }
-        if (c < end) {
-            const V d = *(const U*)(y + c * LANES) - *(const U*)(b + c * LANES);
-            if (MASK & ABS) abs0 += vabs<T>(d);
-            if (MASK & SQUARE) square0 += d * d;
-            if (MASK & PLAIN) plain0 += d;
-            ++c;
-        }
-        if (MASK & ABS) *(V*)(slots[0] + s) += abs0 + abs1;
-        if (MASK & SQUARE) *(V*)(slots[1] + s) += square0 + square1;
-        if (MASK & PLAIN) *(V*)(slots[2] + s) += plain0 + plain1;
     }
     if (whole * LANES < n) {
         alignas(128) T tail_b[LANES] = {}, tail_y[LANES] = {};
         memcpy(tail_b, b + whole * LANES, (n - whole * LANES) * sizeof(T));
         memcpy(tail_y, y + whole * LANES, (n - whole * LANES) * sizeof(T));
         const V d = *(const V*)tail_y - *(const V*)tail_b;
-        const int64_t s = slot[whole] * LANES;
+        const int64_t s = plan.slot[chunk + whole] * LANES;
         if (MASK & ABS) *(V*)(slots[0] + s) += vabs<T>(d);
         if (MASK & SQUARE) *(V*)(slots[1] + s) += d * d;
         if (MASK & PLAIN) *(V*)(slots[2] + s) += d;
@@ -276,26 +338,26 @@ void scatter(const int32_t* labels, const T* b, const T* y, int64_t n, double* c
     }
 }
 
-#define FOR_MASK(mask, call)      \
-    switch (mask) {               \
-        case 1: call(1); break;   \
-        case 2: call(2); break;   \
-        case 3: call(3); break;   \
-        case 4: call(4); break;   \
-        case 5: call(5); break;   \
-        case 6: call(6); break;   \
-        case 7: call(7); break;   \
+#define FOR_MASK(mask, call)    \
+    switch (mask) {             \
+        case 1: call(1); break; \
+        case 2: call(2); break; \
+        case 3: call(3); break; \
+        case 4: call(4); break; \
+        case 5: call(5); break; \
+        case 6: call(6); break; \
+        case 7: call(7); break; \
     }
 
 // One thread's memory.
 template <class T>
 struct Worker {
-    T* base_raw;      // (P) the base row as T
-    T* base;          // (P) and after the link
-    T* tile_raw;      // (TILE) a piece of the perturbed row as T
-    T* tile;          // (TILE) and after the link
-    T* slots;         // (SUMS, slots, LANES)
-    double* sums;     // (SUMS, G)
+    T* base_raw;   // (P) the base row as T
+    T* base;       // (P) and after the link
+    T* tile_raw;   // (TILE) a piece of the perturbed row as T
+    T* tile;       // (TILE) and after the link
+    T* slots;      // (SUMS, slots, LANES)
+    double* sums;  // (SUMS, G)
     void* memory;
 };
 
@@ -322,8 +384,8 @@ template <class IN, class T>
 struct Forward {
     const EffectReduction& args;
     const Plan& plan;
-    int mask;   // of Sum
-    bool raw;   // the squared raw difference is wanted too
+    int mask;  // of Sum
+    bool raw;  // the squared raw difference is wanted too
 
     Forward(const EffectReduction& a, const Plan& p) : args(a), plan(p), mask(0), raw(false) {
         for (int64_t e = 0; e < a.E; ++e) {
@@ -367,10 +429,10 @@ struct Forward {
                 y = w.tile;
             }
             if (plan.slot) {
-#define CALL(m) add_chunks<T, m>(plan, base + p, y, p / LANES, n, slots)
+#define CALL(m) add_tile<T, m>(plan, base + p, y, p / LANES, n, slots)
                 FOR_MASK(mask, CALL)
 #undef CALL
-                if (raw) add_chunks<T, SQUARE>(plan, base_raw + p, y_raw, p / LANES, n, raw_slots);
+                if (raw) add_tile<T, SQUARE>(plan, base_raw + p, y_raw, p / LANES, n, raw_slots);
             } else {
 #define CALL(m) scatter<T, m>(args.labels + p, base + p, y, n, sums)
                 FOR_MASK(mask, CALL)
@@ -380,8 +442,25 @@ struct Forward {
         }
         if (plan.slot)
             for (int s = 0; s < SUMS; ++s)
-                if ((mask >> s & 1) || (s == 3 && raw))
+                if ((mask >> s & 1) || (s == 3 && raw)) {
+                    fold(slots[s]);
                     for (int64_t t = 0; t < plan.entries; ++t) sums[s][plan.group[t]] += slots[s][plan.position[t]];
+                }
+    }
+
+    // Adds up 2^folds neighbouring lanes of every slot, in each of them.
+    void fold(T* slots) const {
+        typedef typename Vector<T>::type V;
+        typedef typename Vector<T>::bits I;
+        const I lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        for (V *slot = (V*)slots, *end = slot + plan.slots; slot < end; ++slot) {
+            V v = *slot;
+            if (plan.folds > 0) v += __builtin_shuffle(v, lane ^ 1);
+            if (plan.folds > 1) v += __builtin_shuffle(v, lane ^ 2);
+            if (plan.folds > 2) v += __builtin_shuffle(v, lane ^ 4);
+            if (plan.folds > 3) v += __builtin_shuffle(v, lane ^ 8);
+            *slot = v;
+        }
     }
 
     // The effect of kind k on group g, from w.sums.
@@ -400,11 +479,13 @@ struct Forward {
             if (b != current) take_base(b, w), current = b;
             row(b, r % args.I, w);
             for (int64_t e = 0; e < args.E; ++e)
-                for (int64_t g = 0; g < args.G; ++g) out[(r * args.E + e) * args.G + g] = (T)effect(args.kinds[e], g, w);
+                for (int64_t g = 0; g < args.G; ++g)
+                    out[(r * args.E + e) * args.G + g] = (T)effect(args.kinds[e], g, w);
         }
     }
 
-    // Task t of (sample blocks) x (intervention blocks): adds effects over its samples into partial (SAMPLE_BLOCKS, I, E, G).
+    // Task t of (sample blocks) x (intervention blocks): adds effects over its samples into partial (SAMPLE_BLOCKS, I,
+    // E, G).
     void sum_task(int64_t t, int64_t blocks, double* partial, Worker<T>& w) {
         const int64_t block = t % blocks, first = t / blocks * BLOCK_I;
         const int64_t last = first + BLOCK_I < args.I ? first + BLOCK_I : args.I;
@@ -447,8 +528,7 @@ bool forward(const EffectReduction& args) {
                 const int64_t from = tasks * me / n, to = tasks * (me + 1) / n;
                 if (args.sum)
                     for (int64_t t = from; t < to; ++t) job.sum_task(t, blocks, partial, worker);
-                else
-                    job.rows(from, to, worker);
+                else job.rows(from, to, worker);
             }
             free(worker.memory);
         }
@@ -465,10 +545,10 @@ bool forward(const EffectReduction& args) {
 }
 
 // Adds factor[label] * value to gradient, for one kind of factor over a tile.
-#define ADD_FACTOR(k, value)                                                          \
-    if (used[k]) {                                                                    \
-        const T* f = factors + k * args.G;                                            \
-        for (int64_t j = 0; j < n; ++j) gradient[j] += f[group[j]] * (value);         \
+#define ADD_FACTOR(k, value)                                                  \
+    if (used[k]) {                                                            \
+        const T* f = factors + k * args.G;                                    \
+        for (int64_t j = 0; j < n; ++j) gradient[j] += f[group[j]] * (value); \
     }
 
 // The gradients of one tile of P for one sample: all interventions, summed into the base's.

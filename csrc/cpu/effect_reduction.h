@@ -17,12 +17,12 @@ struct EffectReduction {
     const void* perturbed;
     const int32_t* labels;
     DType dtype;
-    Link link;             // applied to both inputs first; logit_mse is taken before it
+    Link link;  // applied to both inputs first; logit_mse is taken before it
     int64_t B, I, P, G;
     const int32_t* kinds;  // (E) which effects, in the order of the output
     int64_t E;
-    bool sum;              // sum over samples
-    void* out;             // (B, I, E, G), or (I, E, G) if sum
+    bool sum;   // sum over samples
+    void* out;  // (B, I, E, G), or (I, E, G) if sum
     int threads;
 };
 
@@ -42,9 +42,9 @@ struct EffectReductionBackward {
 };
 
 // Both return false when memory ran out and have then written nothing of use. Deterministic for any number of threads.
-#define VAECIRC_DECLARE(set)                                   \
-    namespace set {                                            \
-    bool effect_reduction(const EffectReduction&);             \
+#define VAECIRC_DECLARE(set)                                        \
+    namespace set {                                                 \
+    bool effect_reduction(const EffectReduction&);                  \
     bool effect_reduction_backward(const EffectReductionBackward&); \
     }
 VAECIRC_FOR_EACH_ISA(VAECIRC_DECLARE)

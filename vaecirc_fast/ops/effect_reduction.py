@@ -26,19 +26,20 @@ def effect_reduction(
 ) -> Tensor:
     """Effects of I interventions on B outputs, per group of output elements.
 
-    base: (B, ...) outputs without intervention, P elements a sample after flattening; perturbed: (B, I, ...) outputs under
-    intervention. float32, bfloat16, float16 or float64, both alike, on one device.
+    base: (B, ...) outputs without intervention, P elements a sample after flattening; perturbed: (B, I, ...) outputs
+    under intervention. float32, bfloat16, float16 or float64, both alike, on one device.
     effect: one name or several of, with dy = perturbed - base over the n elements of a group: "l1" mean |dy|,
-    "mse" mean dy^2, "rms" sqrt(mean dy^2), "tv" half of sum |dy| (total variation of two probability vectors), "signed" mean dy,
-    "logit_mse" mean squared difference before the link.
-    groups: the partition of P; all elements in one group by default. link: "identity", or "sigmoid" where the tensors hold
-    logits: dy is then taken after the link, except for "logit_mse", which needs it.
+    "mse" mean dy^2, "rms" sqrt(mean dy^2), "tv" half of sum |dy| (total variation of two probability vectors),
+    "signed" mean dy, "logit_mse" mean squared difference before the link.
+    groups: the partition of P; all elements in one group by default.
+    link: "identity", or "sigmoid" where the tensors hold logits: dy is then taken after the link, except for
+    "logit_mse", which needs it.
     reduce: None, or "sum" over samples.
 
     Returns (B, I, G) for one effect, (B, I, E, G) for several, in the units of the outputs (mse: squared); without B if
     summed. float32 for inputs of 16 bits. Differentiable in base and perturbed; the gradient of "rms" at dy = 0 is 0.
-    Deterministic for any number of threads. NaN in a group makes that group's effect NaN. InputError for wrong shapes, dtypes,
-    devices or names. Definition: definitions of the project, section "Effects per group".
+    Deterministic for any number of threads. NaN in a group makes that group's effect NaN. InputError for wrong shapes,
+    dtypes, devices or names.
     """
     names = (effect,) if isinstance(effect, str) else tuple(effect)
     for name in names:
@@ -49,7 +50,9 @@ def effect_reduction(
     if link not in reference.LINKS:
         raise InputError(f"link: {link!r} is unknown; known: {', '.join(reference.LINKS)}")
     if "logit_mse" in names and link == "identity":
-        raise InputError('effect: "logit_mse" is taken before the link, so pass logits with link="sigmoid" (or use "mse")')
+        raise InputError(
+            'effect: "logit_mse" is taken before the link, so pass logits with link="sigmoid" (or use "mse")'
+        )
     if reduce not in (None, "sum"):
         raise InputError(f'reduce: expected None or "sum", got {reduce!r}')
     _check_outputs(base, perturbed)
@@ -61,7 +64,16 @@ def effect_reduction(
         raise InputError(f"groups: partition {groups.labels.numel()} elements, but an output has {elements}")
 
     kinds = [reference.KINDS.index(name) for name in names]
-    arguments = (base, perturbed, groups.labels, groups.order, groups.offsets, kinds, reference.LINKS.index(link), reduce == "sum")
+    arguments = (
+        base,
+        perturbed,
+        groups.labels,
+        groups.order,
+        groups.offsets,
+        kinds,
+        reference.LINKS.index(link),
+        reduce == "sum",
+    )
     if torch.compiler.is_compiling():
         out = torch.ops.vaecirc_fast.effect_reduction(*arguments)
     elif is_plain_call(base, perturbed):
@@ -76,7 +88,8 @@ def _check_outputs(base: Tensor, perturbed: Tensor) -> None:
         raise InputError(f"base, perturbed: expected tensors, got {type(base).__name__} and {type(perturbed).__name__}")
     if base.ndim < 2 or perturbed.ndim != base.ndim + 1 or perturbed.shape[:1] + perturbed.shape[2:] != base.shape:
         raise InputError(
-            f"perturbed: expected shape (B, I, ...) for base (B, ...), got {tuple(perturbed.shape)} for {tuple(base.shape)}"
+            "perturbed: expected shape (B, I, ...) for base (B, ...), "
+            f"got {tuple(perturbed.shape)} for {tuple(base.shape)}"
         )
     if base.shape[1:].numel() == 0:
         raise InputError(f"base: an output must have at least one element, got shape {tuple(base.shape)}")
@@ -86,12 +99,23 @@ def _check_outputs(base: Tensor, perturbed: Tensor) -> None:
         raise InputError(f"base, perturbed: expected one device, got {base.device} and {perturbed.device}")
 
 
-def _run(base: Tensor, perturbed: Tensor, labels: Tensor, order: Tensor, offsets: Tensor, kinds: list[int], link: int, sum_samples: bool):
+def _run(
+    base: Tensor,
+    perturbed: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    kinds: list[int],
+    link: int,
+    sum_samples: bool,
+):
     kernel = ROW.function("effect_reduction", base)
     return kernel(base, perturbed, labels, order, offsets, kinds, link, sum_samples)
 
 
-def _run_backward(base: Tensor, perturbed: Tensor, labels: Tensor, order: Tensor, offsets: Tensor, factors: Tensor, link: int):
+def _run_backward(
+    base: Tensor, perturbed: Tensor, labels: Tensor, order: Tensor, offsets: Tensor, factors: Tensor, link: int
+):
     kernel = ROW.function("effect_reduction_backward", base)
     return kernel(base, perturbed, labels, order, offsets, factors, link)
 
@@ -140,7 +164,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor):
     saved = ctx.saved_tensors
     factors = _factors(grad, saved, ctx.kinds, ctx.link, ctx.sum_samples)
-    call = torch.ops.vaecirc_fast.effect_reduction_backward if torch.compiler.is_compiling() else _BackwardFunction.apply
+    call = (
+        torch.ops.vaecirc_fast.effect_reduction_backward if torch.compiler.is_compiling() else _BackwardFunction.apply
+    )
     grad_base, grad_perturbed = call(*saved, factors, ctx.link)
     return grad_base, grad_perturbed, None, None, None, None, None, None
 
@@ -163,7 +189,9 @@ def _vmap_backward(info: Any, in_dims: tuple, *arguments: Any) -> tuple[tuple[Te
     base, perturbed, labels, order, offsets, factors, link = arguments
     samples = base.shape[0] if in_dims[0] is None else base.movedim(in_dims[0], 0).shape[1]
     base, perturbed = _fold(base, in_dims[0], info.batch_size), _fold(perturbed, in_dims[1], info.batch_size)
-    factors = factors.movedim(in_dims[5], 0) if in_dims[5] is not None else factors.expand(info.batch_size, *factors.shape)
+    factors = (
+        factors.movedim(in_dims[5], 0) if in_dims[5] is not None else factors.expand(info.batch_size, *factors.shape)
+    )
     factors = factors.expand(-1, samples, -1, -1, -1).flatten(0, 1)
     grads = _BackwardFunction.apply(base, perturbed, labels, order, offsets, factors, link)
     return tuple(grad.unflatten(0, (info.batch_size, -1)) for grad in grads), (0, 0)
@@ -190,16 +218,18 @@ class _BackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
-        raise NotImplementedError('effect_reduction has no second derivative; use vf.backend("reference") on its formula')
+        raise NotImplementedError(
+            'effect_reduction has no second derivative; use vf.backend("reference") on its formula'
+        )
 
 
 LIBRARY.define(
-    "effect_reduction(Tensor base, Tensor perturbed, Tensor labels, Tensor order, Tensor offsets, int[] kinds, int link, "
-    "bool sum_samples) -> Tensor"
+    "effect_reduction(Tensor base, Tensor perturbed, Tensor labels, Tensor order, Tensor offsets, int[] kinds, "
+    "int link, bool sum_samples) -> Tensor"
 )
 LIBRARY.define(
-    "effect_reduction_backward(Tensor base, Tensor perturbed, Tensor labels, Tensor order, Tensor offsets, Tensor factors, int link) "
-    "-> (Tensor, Tensor)"
+    "effect_reduction_backward(Tensor base, Tensor perturbed, Tensor labels, Tensor order, Tensor offsets, "
+    "Tensor factors, int link) -> (Tensor, Tensor)"
 )
 LIBRARY.impl("effect_reduction", _run, "CompositeExplicitAutograd")
 LIBRARY.impl("effect_reduction_backward", _run_backward, "CompositeExplicitAutograd")
@@ -221,7 +251,14 @@ torch.library.register_vmap("vaecirc_fast::effect_reduction_backward", _vmap_bac
 
 
 def _cpp_forward(
-    base: Tensor, perturbed: Tensor, labels: Tensor, order: Tensor, offsets: Tensor, kinds: Sequence[int], link: int, sum_samples: bool
+    base: Tensor,
+    perturbed: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    kinds: Sequence[int],
+    link: int,
+    sum_samples: bool,
 ) -> Tensor:
     base, perturbed = base.contiguous(), perturbed.contiguous()
     samples, interventions, elements = perturbed.shape
@@ -237,13 +274,24 @@ def _cpp_forward(
 def _cpp_backward(
     base: Tensor, perturbed: Tensor, labels: Tensor, order: Tensor, offsets: Tensor, factors: Tensor, link: int
 ) -> tuple[Tensor, Tensor]:
-    base, perturbed, factors = base.contiguous(), perturbed.contiguous(), factors.to(_result_dtype(base.dtype)).contiguous()
+    base, perturbed, factors = (
+        base.contiguous(),
+        perturbed.contiguous(),
+        factors.to(_result_dtype(base.dtype)).contiguous(),
+    )
     samples, interventions, elements = perturbed.shape
     groups = offsets.numel() - 1
     grad_base, grad_perturbed = torch.empty_like(base), torch.empty_like(perturbed)
     _native.cpp().effect_reduction_backward(
         *(base.data_ptr(), perturbed.data_ptr(), labels.data_ptr(), _native.DTYPES[base.dtype], link),
-        *(samples, interventions, elements, groups, factors.data_ptr(), interventions * 4 * groups if factors.shape[0] > 1 else 0),
+        *(
+            samples,
+            interventions,
+            elements,
+            groups,
+            factors.data_ptr(),
+            interventions * 4 * groups if factors.shape[0] > 1 else 0,
+        ),
         *(grad_base.data_ptr(), grad_perturbed.data_ptr(), _native.threads(perturbed.numel())),
     )
     return grad_base, grad_perturbed
@@ -268,7 +316,9 @@ ROW = _registry.Row(
     "effect_reduction",
     cells={
         "reference": _registry.Kernel(_load_reference, ("cpu", "cuda"), _FLOATS, _registry.always),
-        "cpp": _registry.Kernel(_load_cpp, ("cpu",), (torch.float32, torch.bfloat16, torch.float64), _registry.cpp_reason),
+        "cpp": _registry.Kernel(
+            _load_cpp, ("cpu",), (torch.float32, torch.bfloat16, torch.float64), _registry.cpp_reason
+        ),
         "triton": _registry.Kernel(_load_triton, ("cpu", "cuda"), _FLOATS, _registry.triton_reason),
         "cuda": _registry.Absent("is not written: one streaming pass, which Triton expresses fully"),
     },

@@ -1,1 +1,1 @@
-"""The mathematics of each op in plain torch: the truth that kernels are tested against, and the backend of last resort."""
+"""The mathematics of each op in plain torch: the truth that kernels are tested against, and a backend."""

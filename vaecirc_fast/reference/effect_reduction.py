@@ -21,7 +21,14 @@ def _working(x: Tensor) -> Tensor:
 
 
 def forward(
-    base: Tensor, perturbed: Tensor, labels: Tensor, order: Tensor, offsets: Tensor, kinds: Sequence[int], link: int, sum_samples: bool
+    base: Tensor,
+    perturbed: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    kinds: Sequence[int],
+    link: int,
+    sum_samples: bool,
 ) -> Tensor:
     """base (B, P), perturbed (B, I, P), labels (P,) -> (B, I, E, G), or (I, E, G) summed over samples.
 

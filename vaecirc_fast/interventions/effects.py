@@ -1,0 +1,100 @@
+"""The result of a latent sweep: an effect tensor with named dimensions, its bootstrap replicates and its plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .._files import write_with
+from ..errors import InputError, MissingExtra
+from ..metrics import causal
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Effects of do(z_i := ...) on groups of output elements.
+
+    tensor: (latent, step, group) means over samples, or (sample, latent, step, group); `dims` names the axes, `coords`
+    labels them. effect: which effect (its unit is that of the outputs; squared for mse). grid: which interventions.
+    step_size: (latent, step) |step| that CES divides by, 0 where nothing was decoded; None where it divides by nothing.
+    group_weights: (group,) weights by which groups average to the whole output; they sum to 1.
+    replicates: (replicate, latent, group) Poisson-bootstrap replicates of the step-normalised effect, samples
+    resampled;
+    step_replicates: (replicate, latent, step) of the effect on the whole output. None where samples are kept.
+    """
+
+    tensor: Tensor
+    dims: tuple[str, ...]
+    coords: Mapping[str, list]
+    effect: str
+    grid: str
+    samples: int
+    group_weights: Tensor
+    step_size: Tensor | None = None
+    replicates: Tensor | None = None
+    step_replicates: Tensor | None = None
+    plan: str = field(default="", repr=False)
+
+    def mean(self) -> Tensor:
+        """(latent, step, group) effects averaged over samples."""
+        return self.tensor.mean(0) if self.dims[0] == "sample" else self.tensor
+
+    def step_normalised(self) -> Tensor:
+        """(..., latent, group): mean over steps of effect / |step|; of the effect itself where nothing is divided."""
+        return causal.step_normalised(self.tensor, self.step_size)
+
+    def ces(self, level: float = 0.95) -> pandas.DataFrame:
+        """Causal effect strength per latent with its interval; see `vf.metrics.ces`."""
+        return causal.ces(self, level)
+
+    def specificity(self, level: float = 0.95) -> pandas.DataFrame:
+        """Intervention specificity per latent over the groups, with its interval; see `vf.metrics.specificity`."""
+        return causal.specificity(self, level)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row per entry of the tensor, with a column per dimension and the column `effect`."""
+        import pandas
+
+        index = pandas.MultiIndex.from_product([self.coords[d] for d in self.dims], names=list(self.dims))
+        return pandas.DataFrame({"effect": self.tensor.cpu().reshape(-1).numpy()}, index=index).reset_index()
+
+    def to_xarray(self) -> Any:
+        """The tensor as an xarray.DataArray with the same dimensions and labels."""
+        try:
+            import xarray
+        except ImportError as error:
+            raise MissingExtra("to_xarray needs xarray: pip install 'vaecirc-fast[xarray]'") from error
+        return xarray.DataArray(self.tensor.cpu().numpy(), dims=self.dims, coords=dict(self.coords), name=self.effect)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one safetensors file, atomically."""
+        from safetensors.torch import save_file
+
+        tensors = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
+        facts = {name: getattr(self, name) for name in ("dims", "coords", "effect", "grid", "samples", "plan")}
+        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        write_with(Path(path), lambda file: save_file(tensors, file, metadata={"effects": json.dumps(facts)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Effects:
+        """Read what `save` wrote; InputError names a damaged or foreign file."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads((file.metadata() or {})["effects"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls(**tensors, **facts | {"dims": tuple(facts["dims"])})
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: not a readable effects file ({error}); delete it and measure again") from error
+
+
+_TENSORS = ("tensor", "group_weights", "step_size", "replicates", "step_replicates")

@@ -1,0 +1,108 @@
+"""Grids of latent interventions: what z_i is set to, and how large each step is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+NAMES = ("fixed", "posterior", "resample", "traverse")
+DRAWS = 4
+TRAVERSE_QUANTILES = tuple(round(0.05 + 0.1 * q, 2) for q in range(10))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """do(z_i := values): S interventions for each of L latents.
+
+    name; coordinates: (S,) what a step is called (delta, t, draw or quantile) and `coordinate`, the name of that unit;
+    shift: (L, S) added to z_i, or None; target: (L, S) that z_i is set to, or None; donors: (N, S) samples that give
+    z_i, or None;
+    step_size: (L, S) |step| by which CES divides, or None where an effect is taken undivided (resample) or not at all
+    (traverse).
+    """
+
+    name: str
+    coordinate: str
+    coordinates: Tensor
+    shift: Tensor | None = None
+    target: Tensor | None = None
+    donors: Tensor | None = None
+    step_size: Tensor | None = None
+
+    def values(self, z: Tensor, samples: slice, latents: Tensor, steps: Tensor) -> Tensor:
+        """Values (B, J) of latent `latents[j]` under step `steps[j]` for the B samples `samples` of z (N, L)."""
+        if self.donors is not None:
+            return z[self.donors[samples][:, steps], latents]
+        if self.target is not None:
+            return self.target[latents, steps].expand(z[samples].shape[0], -1)
+        assert self.shift is not None
+        return z[samples][:, latents] + self.shift[latents, steps]
+
+    @property
+    def decoded(self) -> Tensor:
+        """(L, S) bool: which interventions are decoded. A step of zero changes nothing and is never decoded."""
+        if self.shift is not None:
+            return self.shift != 0
+        shape = self.target.shape if self.target is not None else (0, 0)
+        return torch.ones(shape, dtype=torch.bool)
+
+
+def symmetric(half: int, step: float) -> Tensor:
+    """(-half..half except 0) times step: integers first, so that no step is a rounding error of zero."""
+    integers = torch.cat([torch.arange(-half, 0), torch.arange(1, half + 1)])
+    return integers.double() * step
+
+
+def make(grid: str | Tensor, z: Tensor, scale: Tensor | None, seed: int, draws: int = DRAWS) -> Grid:
+    """The named grid for codes z (N, L); a tensor of shifts (S,) or (L, S) is a grid of its own.
+
+    fixed: +-.6, ..., +-3. posterior: t s_i for t = +-.5, ..., +-2 and `scale` s (L,). resample: z_i of another sample,
+    `draws` random cyclic permutations. traverse: the quantiles .05, ..., .95 of z_i over the samples.
+    """
+    samples, latents = z.shape
+    if isinstance(grid, Tensor):
+        return _explicit(grid, z)
+    if grid == "fixed":
+        delta = symmetric(5, 0.6).to(z)
+        return Grid("fixed", "delta", delta, shift=delta.expand(latents, -1), step_size=delta.abs().expand(latents, -1))
+    if grid == "posterior":
+        if scale is None:
+            raise InputError(
+                'scale: grid="posterior" needs the scale (L,) of each latent; vf.posterior_scale(model, x) gives it'
+            )
+        if tuple(scale.shape) != (latents,) or not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
+            raise InputError(
+                f"scale: expected {latents} finite numbers >= 0, one a latent, got shape {tuple(scale.shape)}"
+            )
+        t = symmetric(4, 0.5).to(z)
+        return Grid("posterior", "t", t, shift=scale.to(z)[:, None] * t, step_size=t.abs().expand(latents, -1))
+    if grid == "resample":
+        if samples < 2:
+            raise InputError("z: grid='resample' takes z_i from another sample, so it needs at least 2")
+        generator = torch.Generator().manual_seed(seed)
+        donors = torch.empty(samples, draws, dtype=torch.int64)
+        for draw in range(draws):
+            cycle = torch.randperm(samples, generator=generator)
+            donors[cycle, draw] = cycle.roll(1)
+        target = torch.empty(latents, draws)
+        return Grid("resample", "draw", torch.arange(draws), target=target, donors=donors.to(z.device))
+    if grid == "traverse":
+        levels = torch.tensor(TRAVERSE_QUANTILES).to(z)
+        return Grid("traverse", "quantile", levels, target=torch.quantile(z, levels, dim=0).T.contiguous())
+    raise InputError(f"grid: {grid!r} is unknown; known: {', '.join(NAMES)}, or a tensor of shifts (S,) or (L, S)")
+
+
+def _explicit(shifts: Tensor, z: Tensor) -> Grid:
+    latents = z.shape[1]
+    if shifts.ndim not in (1, 2) or shifts.shape[-1] == 0 or (shifts.ndim == 2 and shifts.shape[0] != latents):
+        raise InputError(f"grid: expected shifts of shape (S,) or ({latents}, S), got {tuple(shifts.shape)}")
+    if not bool(torch.isfinite(shifts).all()):
+        raise InputError("grid: shifts must be finite")
+    shifts = shifts.to(z)
+    coordinates = shifts if shifts.ndim == 1 else torch.arange(shifts.shape[1])
+    shift = shifts.expand(latents, -1)
+    return Grid("shifts", "delta" if shifts.ndim == 1 else "step", coordinates, shift=shift, step_size=shift.abs())

@@ -1,0 +1,90 @@
+"""Sites of a module: where one can look and intervene, by dotted path."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def wrap(module: nn.Module, example: Any = None) -> Wrapped:
+    """A view of any module by its sites. `example`: an input to trace shapes with; our models bring their own."""
+    if not isinstance(module, nn.Module):
+        raise InputError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    return Wrapped(module, example)
+
+
+class Wrapped:
+    """A module seen by its sites; it changes nothing in the module."""
+
+    def __init__(self, module: nn.Module, example: Any = None):
+        self.module = module
+        self._example = example
+
+    def sites(self, pattern: str = "*", example: Any = None) -> pandas.DataFrame:
+        """The sites whose path matches the shell-style `pattern`, in the order in which they run.
+
+        Columns: site (dotted path); type; shape (of the output without the batch axis); units (its channels or
+        features: the size of the first axis after the batch); downstream_flops (operations of the rest of the forward
+        pass after the site, for one row, as torch's FLOP counter has them: matrix products and convolutions). Shapes
+        need an example input,
+        given here or to `wrap`; without one they are missing. InputError if nothing matches.
+        """
+        import pandas
+
+        known = [name for name, _ in self.module.named_modules() if name]
+        if not any(fnmatchcase(name, pattern) for name in known):
+            shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+            raise InputError(f"sites: nothing matches {pattern!r}; the module has {shown or 'no submodules'}")
+        traced = self._trace(example)
+        order = list(traced) + [name for name in known if name not in traced]
+        modules = dict(self.module.named_modules())
+        lines = []
+        for name in order:
+            if fnmatchcase(name, pattern):
+                shape, flops = traced.get(name, (None, None))
+                units = None if not shape else shape[0]
+                lines.append((name, type(modules[name]).__name__, shape, units, flops))
+        table = pandas.DataFrame(lines, columns=["site", "type", "shape", "units", "downstream_flops"])
+        return table.astype({"units": "Int64", "downstream_flops": "Int64"})
+
+    def _trace(self, example: Any) -> dict[str, tuple[tuple[int, ...] | None, int]]:
+        """Shape and downstream FLOPs of each site that a forward pass on the example reaches, in order of execution."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        example = self._example if example is None else example
+        if example is None and hasattr(self.module, "example_input"):
+            example = self.module.example_input()  # pyright: ignore[reportCallIssue]
+        if example is None:
+            return {}
+        seen: dict[str, tuple[tuple[int, ...] | None, int]] = {}
+        counter = FlopCounterMode(display=False)
+
+        def record(name: str):
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else None
+                seen.setdefault(name, (shape, counter.get_total_flops()))
+
+            return hook
+
+        handles = [m.register_forward_hook(record(name)) for name, m in self.module.named_modules() if name]
+        was_training = [m for m in self.module.modules() if m.training]
+        try:
+            self.module.eval()
+            with torch.no_grad(), counter:
+                self.module(*example if isinstance(example, tuple) else (example,))
+        finally:
+            for handle in handles:
+                handle.remove()
+            for m in was_training:
+                m.training = True
+        rows = (example[0] if isinstance(example, tuple) else example).shape[0]
+        total = counter.get_total_flops()
+        return {name: (shape, (total - flops) // max(rows, 1)) for name, (shape, flops) in seen.items()}

@@ -1,0 +1,30 @@
+"""Metrics: arrays in, numbers out. They import neither models nor training."""
+
+from . import statistics
+from .activity import active_units, posterior_scale_from
+from .causal import ces, specificity
+from .mig import Mig, mig
+from .reconstruction import (
+    ReconstructionReport,
+    loss_floor,
+    mean_image_loss,
+    reconstruction_loss,
+    reconstruction_report,
+)
+from .statistics import Estimate
+
+__all__ = [
+    "Estimate",
+    "Mig",
+    "ReconstructionReport",
+    "active_units",
+    "ces",
+    "loss_floor",
+    "mean_image_loss",
+    "mig",
+    "posterior_scale_from",
+    "reconstruction_loss",
+    "reconstruction_report",
+    "specificity",
+    "statistics",
+]

@@ -37,6 +37,6 @@ class BetaVAE(VAE):
         return {**super().config(), "beta": self.beta}
 
     def terms(self, x: Tensor, logits: Tensor, z: Tensor, mu: Tensor, logvar: Tensor) -> dict[str, Tensor]:
-        """ "reconstruction" and "kl" = beta * KL, in nats per image."""
+        """The terms of VAE with "kl" = beta * KL, in nats per image."""
         terms = super().terms(x, logits, z, mu, logvar)
         return {**terms, "kl": self.beta * terms["kl"]}

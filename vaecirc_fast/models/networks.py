@@ -92,7 +92,7 @@ class _Decoder(nn.Module):
 
     @property
     def link(self) -> str:
-        """ "sigmoid" or "identity"."""
+        """The name of the map from logits to the mean: "sigmoid" or "identity"."""
         return LIKELIHOODS[self.likelihood].link
 
     def logits(self, z: Tensor) -> Tensor:

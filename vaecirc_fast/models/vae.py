@@ -92,7 +92,7 @@ class VAE(nn.Module):
         mu, logvar = self.encode(x)
         z = sample_posterior(mu, logvar, generator)
         terms = self.terms(x, self.decoder.logits(z), z, mu, logvar)
-        return {"loss": sum(terms.values()), **terms}
+        return {"loss": torch.stack(list(terms.values())).sum(), **terms}
 
     def terms(self, x: Tensor, logits: Tensor, z: Tensor, mu: Tensor, logvar: Tensor) -> dict[str, Tensor]:
         """The summands of the loss: "reconstruction" (negative log-likelihood) and "kl", in nats per image."""

@@ -1,0 +1,117 @@
+"""The objectives against torch.distributions and against numerical differentiation."""
+
+import pytest
+import torch
+from torch.distributions import Bernoulli, Normal, kl_divergence
+
+from vaecirc_fast import models
+from vaecirc_fast.models.vae import sample_posterior
+
+SHAPE = (2, 9, 8)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def expected_terms(model, x, beta):
+    mu, logvar = model.encode(x)
+    posterior = Normal(mu, torch.exp(0.5 * logvar))
+    noise = torch.randn(mu.shape, generator=seeded(), dtype=mu.dtype)
+    z = posterior.mean + posterior.stddev * noise
+    y = model.decode(z)
+    pixels = Bernoulli(y) if model.likelihood == "bernoulli" else Normal(y, torch.ones_like(y))
+    nll = -pixels.log_prob(x).sum((1, 2, 3)).mean()
+    kl = beta * kl_divergence(posterior, Normal(torch.zeros_like(mu), torch.ones_like(mu))).sum(1).mean()
+    return {"loss": nll + kl, "reconstruction": nll, "kl": kl}
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+@pytest.mark.parametrize("net", ["conv", "mlp"])
+@pytest.mark.parametrize(
+    ("name", "options", "beta"), [("vae", {}, 1), ("beta_vae", {}, 4), ("beta_vae", {"beta": 0.5}, 0.5)]
+)
+def test_loss_is_the_negative_elbo(name, options, beta, net, likelihood):
+    torch.manual_seed(1)
+    model = models.build(name, SHAPE, 5, net=net, likelihood=likelihood, **options).double()
+    with torch.no_grad():  # away from the prior, so that the KL term weighs
+        model.encoder.mu.weight.mul_(30)
+        model.encoder.logvar.weight.mul_(30)
+    x = torch.bernoulli(torch.full((6, *SHAPE), 0.4, dtype=torch.float64), generator=seeded())
+    terms = model.loss(x, generator=seeded())
+    assert list(terms) == ["loss", "reconstruction", "kl"] and all(t.shape == () for t in terms.values())
+    assert terms["kl"] > 0.1
+    torch.testing.assert_close(terms, expected_terms(model, x, beta))
+    torch.testing.assert_close(terms["loss"], sum(value for name, value in terms.items() if name != "loss"))
+
+
+def test_kl_closed_form():
+    """KL(N(m, s^2) || N(0, 1)) = (m^2 + s^2 - 1 - log s^2) / 2, exact to the last bits near the prior as well."""
+    mu = torch.tensor([[0.0, 1.0, -2.0, 0.0]], dtype=torch.float64)
+    logvar = torch.tensor([[0.0, 0.0, torch.log(torch.tensor(4.0)).item(), 1e-6]], dtype=torch.float64)
+    kl = models.kl_divergence(mu, logvar)
+    expected = torch.tensor([[0.0, 0.5, 0.5 * (4 + 3 - torch.log(torch.tensor(4.0)).item()), 2.5e-13]])
+    torch.testing.assert_close(kl[:, :3], expected[:, :3].double())
+    assert kl[0, 3] == pytest.approx(2.5e-13, rel=1e-3)  # the naive exp(v) - 1 - v has lost half its digits here
+
+
+def test_gradients_against_finite_differences():
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = models.build("beta_vae", (1, 2, 2), 2, net="mlp", width=3 / 256, beta=2.0).double()
+
+        def forward(self, x):
+            return self.model.loss(x, generator=seeded())["loss"]
+
+    torch.manual_seed(3)
+    loss = Loss()
+    x = torch.rand(2, 1, 2, 2, dtype=torch.float64)
+    names, parameters = zip(*loss.named_parameters(), strict=True)
+
+    def function(*values):
+        return torch.func.functional_call(loss, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(function, parameters)
+
+
+def test_all_randomness_comes_from_the_generator():
+    model = models.build("vae", SHAPE)
+    x = torch.rand(4, *SHAPE)
+    before = torch.get_rng_state()
+    first, second, other = (model.loss(x, generator=seeded(s))["loss"] for s in (0, 0, 1))
+    assert first == second != other
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_forward_samples_in_training_mode_only():
+    model = models.build("vae", SHAPE)
+    x = torch.rand(4, *SHAPE)
+    sampled = model(x, generator=seeded(0))
+    assert torch.equal(sampled, model(x, generator=seeded(0))) and not torch.equal(
+        sampled, model(x, generator=seeded(1))
+    )
+    model.eval()
+    assert torch.equal(model(x), model.decode(model.encode(x)[0]))
+
+
+def test_sample_posterior_has_the_right_moments():
+    mu, logvar = torch.tensor([[1.0, -2.0]]).expand(200_000, 2), torch.tensor([[0.0, 2.0]]).expand(200_000, 2)
+    z = sample_posterior(mu, logvar, seeded())
+    standard_error = torch.exp(0.5 * logvar[0]) / 200_000**0.5
+    assert (z.mean(0) - mu[0]).abs().le(4 * standard_error).all()
+    assert (z.var(0) / logvar[0].exp() - 1).abs().le(4 * (2 / 200_000) ** 0.5).all()
+
+
+def test_losses_stay_float32_under_autocast():
+    model = models.build("vae", SHAPE)
+    x = torch.rand(4, *SHAPE)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.decoder.logits(torch.zeros(1, 10)).dtype == torch.bfloat16  # or this test shows nothing
+        mu, logvar = model.encode(x)
+        terms = model.loss(x, generator=seeded())
+        nll = model.terms(x, model.decoder.logits(mu), mu, mu, logvar)["reconstruction"]
+        exact = Bernoulli(logits=model.decoder.logits(mu).float(), validate_args=False).log_prob(x).sum() / -4
+    assert mu.dtype == logvar.dtype == torch.float32
+    assert all(term.dtype == torch.float32 for term in terms.values())
+    torch.testing.assert_close(nll, exact)

@@ -56,6 +56,13 @@ def test_weights_do_not_depend_on_the_chunks(cuts):
     assert torch.equal(poisson_weights(2, 50, 5), poisson_weights(4, 50, 5)[:2])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_weights_do_not_depend_on_the_device():
+    there = poisson_weights(300, 1000, seed=-5, offset=2**31, device="cuda")
+    assert torch.equal(there.cpu(), poisson_weights(300, 1000, seed=-5, offset=2**31))
+
+
 def test_weights_are_poisson_and_independent():
     weights = poisson_weights(1000, 4000, seed=7)
     counts = torch.bincount(weights.flatten().long(), minlength=8)[:8].double() / weights.numel()

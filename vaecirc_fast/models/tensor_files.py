@@ -29,7 +29,8 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], header: 
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(header, allow_nan=False)
-    metadata = {_KEY: kind, "header": text, "crc32": _checksum(stored, text)}
+    # one entry, because safetensors writes several in random order and equal runs should give equal files
+    metadata = {_KEY: json.dumps({"kind": kind, "crc32": _checksum(stored, text), "header": text})}
     # serialised in memory: safetensors' own writer reports a full disk as an error of its own instead of an OSError
     content = safetensors.torch.save(stored, metadata)
 
@@ -53,11 +54,15 @@ def read_tensors(path: Path, kind: str, remedy: str) -> tuple[dict[str, Tensor],
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except safetensors.SafetensorError as error:
         raise InputError(f"{path} is cut short, damaged or no safetensors file ({error}); {remedy}") from error
-    if metadata.get(_KEY) != kind:
+    try:
+        entry = json.loads(metadata.get(_KEY, "{}"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); {remedy}") from error
+    if entry.get("kind") != kind:
         raise InputError(f"{path} is a safetensors file, but no vaecirc_fast {kind}; {remedy}")
-    if metadata.get("crc32") != _checksum(tensors, metadata.get("header", "")):
+    if entry.get("crc32") != _checksum(tensors, entry.get("header", "")):
         raise InputError(f"{path} is damaged (its checksum differs); {remedy}")
-    return tensors, json.loads(metadata["header"])
+    return tensors, json.loads(entry["header"])
 
 
 def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -65,3 +65,8 @@ def cuda_reason() -> str | None:
 def threads(elements: int) -> int:
     """Threads for a kernel over `elements` elements: torch's number, or one for tiny inputs and in forked children."""
     return 1 if _forked or elements < 1 << 18 else torch.get_num_threads()
+
+
+def instruction_set() -> str:
+    """The instruction set that C++ kernels use here, or "none" where they are not built."""
+    return _module.instruction_set() if _module is not None else "none"

@@ -15,7 +15,8 @@ class Dataset:
     """Images with ground-truth factors.
 
     Attributes: `name`; `shape` (C, H, W); `factor_names` and `factor_sizes` (K each); `complete`: whether every
-    combination of factors occurs exactly once, so that factors determine the index; `device` of what is returned.
+    combination of factors occurs exactly once, so that factors determine the index; `likelihood` that suits the pixels,
+    and `trials`, how many binary pixels a grey value is the mean of; `device` of what is returned.
     A subclass gives `_render` and, where the factors are no full grid, `factors` and `__len__`.
     """
 
@@ -24,6 +25,7 @@ class Dataset:
     factor_names: tuple[str, ...]
     factor_sizes: tuple[int, ...]
     complete: bool = True
+    trials: int = 1
     likelihood: str = "bernoulli"
 
     def __init__(self, device: str | torch.device = "cpu"):

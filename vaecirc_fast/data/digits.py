@@ -14,6 +14,8 @@ from .dataset import Dataset
 class Digits(Dataset):
     """Handwritten digits (Alpaydin and Kaynak 1998, the test part of the UCI set): grey values 0...16, divided by 16.
 
+    A value counts the set pixels of a 4x4 block of the original 32x32 bitmap, hence 16 trials a pixel.
+
     The one factor is the digit. Many scans share it, so `index_of` is refused.
     """
 
@@ -23,6 +25,7 @@ class Digits(Dataset):
     factor_sizes = (10,)
     complete = False
     likelihood = "bernoulli"
+    trials = 16
 
     def __init__(self, root: str | Path | None = None, device: str | torch.device = "cpu"):
         super().__init__(device)

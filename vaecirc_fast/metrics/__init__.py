@@ -2,7 +2,7 @@
 
 from . import statistics
 from .activity import active_units, posterior_scale_from
-from .causal import ces, specificity
+from .causal import ces, model_ces, model_specificity, specificity
 from .mig import Mig, mig
 from .reconstruction import (
     ReconstructionReport,
@@ -22,6 +22,8 @@ __all__ = [
     "loss_floor",
     "mean_image_loss",
     "mig",
+    "model_ces",
+    "model_specificity",
     "posterior_scale_from",
     "reconstruction_loss",
     "reconstruction_report",

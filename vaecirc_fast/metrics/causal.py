@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .statistics import resampled_interval, resampling_weights
+from .statistics import Estimate, resampled_interval, resampling_weights
 
 if TYPE_CHECKING:
     import pandas
@@ -94,3 +94,31 @@ def _table(name: str, point: Tensor, replicates: Tensor, samples: int, level: fl
     ]
     low, high = zip(*intervals, strict=True)
     return pandas.DataFrame({"latent": range(point.numel()), name: point.numpy(), "low": low, "high": high})
+
+
+def model_ces(E: Any, level: float = 0.95) -> tuple[Estimate, Tensor]:
+    """CES of the whole model, the mean over all latents, active or not; and its bootstrap replicates (R,).
+
+    Arguments, units and errors as `ces`. The interval resamples samples.
+    """
+    _check(E, "ces")
+    weights = E.group_weights.double().cpu()
+    point, replicates = _normalised(E)
+    return _estimate((point @ weights).mean(), (replicates @ weights).mean(1), E.samples, level)
+
+
+def model_specificity(E: Any, level: float = 0.95) -> tuple[Estimate, Tensor]:
+    """Specificity of the whole model, the mean over the latents that have any effect; and its replicates (R,).
+
+    Arguments and errors as `specificity`. NaN if no latent has an effect.
+    """
+    _check(E, "specificity")
+    if E.group_weights.numel() < 2:
+        raise InputError("specificity: needs at least two groups, got 1; pass groups= to the sweep")
+    point, replicates = _normalised(E)
+    return _estimate(specificity_of(point).nanmean(), specificity_of(replicates).nanmean(1), E.samples, level)
+
+
+def _estimate(value: Tensor, replicates: Tensor, samples: int, level: float) -> tuple[Estimate, Tensor]:
+    low, high = resampled_interval(float(value), replicates.numpy(), samples, level)
+    return Estimate(float(value), low, high, level, resampled="images", n=samples), replicates

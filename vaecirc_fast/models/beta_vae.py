@@ -27,10 +27,11 @@ class BetaVAE(VAE):
         net: str = "conv",
         likelihood: str = "bernoulli",
         width: float = 1.0,
+        trials: int = 1,
     ):
         if not positive(beta):
             raise InputError(f"beta: expected a positive number, got {beta!r}")
-        super().__init__(shape, latents, net=net, likelihood=likelihood, width=width)
+        super().__init__(shape, latents, net=net, likelihood=likelihood, width=width, trials=trials)
         self.beta = beta
 
     def config(self) -> dict[str, Any]:

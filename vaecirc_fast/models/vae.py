@@ -19,7 +19,8 @@ class VAE(nn.Module):
     """Encoder q(z|x) = N(mu(x), diag exp(logvar(x))), decoder y = g(z) = the mean of the likelihood.
 
     `shape` (C, H, W); `latents` L >= 1; `net` "conv" (sides of 8 and more) or "mlp"; `likelihood` "bernoulli" (x in
-    [0, 1]) or "gaussian" (unit variance); `width` multiplies every hidden size. Parameters start from torch's default
+    [0, 1]) or "gaussian" (unit variance); `width` multiplies every hidden size; `trials`: a Bernoulli pixel x stands for
+    that many binary ones, a share x of which is on (see `Dataset.trials`). Parameters start from torch's default
     initialisation and the global random state: call `torch.manual_seed` first for a model that can be made again.
     """
 
@@ -33,6 +34,7 @@ class VAE(nn.Module):
         net: str = "conv",
         likelihood: str = "bernoulli",
         width: float = 1.0,
+        trials: int = 1,
     ):
         super().__init__()
         self.shape = _checked_shape(shape, net)
@@ -42,7 +44,12 @@ class VAE(nn.Module):
             raise InputError(f"likelihood: unknown {likelihood!r}; known are {', '.join(LIKELIHOODS)}")
         if not positive(width):
             raise InputError(f"width: expected a positive number, got {width!r}")
+        if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1:
+            raise InputError(f"trials: expected an integer of at least 1, got {trials!r}")
+        if trials > 1 and likelihood != "bernoulli":
+            raise InputError(f"trials: only the bernoulli likelihood counts binary pixels, got {trials} for {likelihood}")
         self.latents = latents
+        self.trials = trials
         self.net = net
         self.likelihood = likelihood
         self.width = width
@@ -59,6 +66,7 @@ class VAE(nn.Module):
             "net": self.net,
             "likelihood": self.likelihood,
             "width": self.width,
+            "trials": self.trials,
         }
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +105,7 @@ class VAE(nn.Module):
     def terms(self, x: Tensor, logits: Tensor, z: Tensor, mu: Tensor, logvar: Tensor) -> dict[str, Tensor]:
         """The summands of the loss: "reconstruction" (negative log-likelihood) and "kl", in nats per image."""
         nll = LIKELIHOODS[self.likelihood].nll(at_least_float32(logits), x)
-        return {"reconstruction": nll.sum() / len(x), "kl": kl_divergence(mu, logvar).sum() / len(x)}
+        return {"reconstruction": self.trials * nll.sum() / len(x), "kl": kl_divergence(mu, logvar).sum() / len(x)}
 
     def example_input(self) -> Tensor:
         """One image-shaped input (1, C, H, W) in [0, 1], the same every time, to trace shapes with."""

@@ -1,0 +1,43 @@
+# Everything one does with a checkout. Each target makes .venv first where it is missing or out of date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: study test test-deep lint bench clean
+
+# Two stamps: what is installed, and what is compiled from it.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) triton --no-deps
+	$(PIP) setuptools pybind11
+	$(PIP) --no-build-isolation --editable '.[xarray,test,lint]'
+	touch $@
+
+$(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
+	$(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+# Train, intervene, measure, report: a few minutes on two cores. A GPU is used where there is one.
+study: $(VENV)/built
+	$(BIN)/vaecirc study image --preset quick --out runs/image
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest -m "not deep and not gpu"
+
+test-deep: $(VENV)/built
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/pyright
+
+bench: $(VENV)/built
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf build $(VENV) *.egg-info vaecirc_fast/*.so

@@ -1,0 +1,232 @@
+"""The image study: train VAEs, intervene on every latent, measure causal effects, report.
+
+Source of the protocol: arXiv 2505.03530, with the formulas of the project's definitions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__, _native, data, models, report, training
+from .._files import read_json, write_json, write_with
+from ..errors import InputError
+from ..sweeps import RunDirectory, RunStore, run_all
+from .measuring import DEFINITIONS, Measurement, measure
+
+PROTOCOL = 1  # part of every run's id: raised when the same configuration would give other numbers
+EVALUATION_SEED = 2025  # the images that models are judged on, the same for every model of a data set
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the image study runs.
+
+    out: the directory of runs and report. data: data set names. architectures: model names. seeds: runs of each pair, seeds
+    0, 1, ... latents: L. net: "conv" or "mlp". beta: of beta_vae. steps: training steps of `batch_size` images at learning
+    rate `lr`. precision: "auto", "fp32" or "bf16". images: how many a model is judged on; sweep_images: how many of them its
+    latents are swept on. device: "auto", "cpu" or "cuda". data_root: directory of official files, if any. only: shell-style
+    patterns of run names such as "dsprites-beta_vae-s0"; all runs if empty.
+    """
+
+    out: Path = Path("runs/image")
+    data: tuple[str, ...] = ("dsprites", "digits")
+    architectures: tuple[str, ...] = ("vae", "beta_vae")
+    seeds: int = 2
+    latents: int = 10
+    net: str = "conv"
+    beta: float = 4.0
+    steps: int = 1200
+    batch_size: int = 64
+    lr: float = 1e-3
+    precision: str = "auto"
+    images: int = 10_000
+    sweep_images: int = 128
+    device: str = "auto"
+    data_root: Path | None = None
+    only: tuple[str, ...] = ()
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Config:
+        """The configuration called "smoke" (seconds) or "quick" (minutes on 2 cores), with fields replaced."""
+        if name not in PRESETS:
+            raise InputError(f"preset: {name!r} is unknown; known: {', '.join(PRESETS)}")
+        return cls(**PRESETS[name]).replaced(changes)
+
+    def replaced(self, changes: Mapping[str, Any]) -> Config:
+        """This configuration with the fields in `changes` replaced, as read from JSON; a wrong key or type is refused."""
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        values = {}
+        for key, value in changes.items():
+            if key not in fields:
+                raise InputError(f"config: {key!r} is no field; known: {', '.join(fields)}")
+            values[key] = _typed(key, value, getattr(Config, key))
+        return dataclasses.replace(self, **values)
+
+    @classmethod
+    def from_file(cls, path: str | Path, base: Config) -> Config:
+        """`base` with the fields of a JSON file."""
+        changes = read_json(Path(path))
+        if not isinstance(changes, dict):
+            raise InputError(f"{path}: expected a JSON object of fields, got {type(changes).__name__}")
+        return base.replaced(changes)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": {"data": ("digits",), "seeds": 1, "steps": 300, "images": 500, "sweep_images": 16, "net": "mlp"},
+    "quick": {},
+}
+
+
+def run(config: Config, progress: bool = True) -> Path:
+    """Run the study and write its report; the path of the report. Runs that are done are skipped.
+
+    InputError for a configuration that cannot run, before anything is trained.
+    """
+    device = _checked(config)
+    store = RunStore(config.out)
+    sets = {name: data.load(name, root=config.data_root, device=device) for name in config.data}
+    runs = [store.run(name, run_config) for name, run_config in plan(config, device)]
+    console = report.Console(len(runs), enabled=progress)
+    run_all(store, runs, lambda r: one_run(r, sets[r.config["data"]], device, progress), console.announce)
+    write_json(config.out / "study.json", {"study": "image", "runs": [r.path.name for r in runs], **_settings(config)})
+    page = report.write(config.out)
+    console.finish(config.out, page)
+    return page
+
+
+def plan(config: Config, device: torch.device) -> list[tuple[str, dict[str, Any]]]:
+    """Name and configuration of every run: everything that its numbers depend on, and nothing else."""
+    runs = []
+    for name in config.data:
+        for architecture in config.architectures:
+            for seed in range(config.seeds):
+                label = f"{name}-{architecture}-s{seed}"
+                if config.only and not any(fnmatchcase(label, pattern) for pattern in config.only):
+                    continue
+                settings = {
+                    "study": "image",
+                    "protocol": PROTOCOL,
+                    "data": name,
+                    "official": config.data_root is not None,
+                    "architecture": architecture,
+                    "options": {"beta": config.beta} if architecture == "beta_vae" else {},
+                    "seed": seed,
+                    **{key: getattr(config, key) for key in ("latents", "net", "steps", "batch_size", "lr", "precision")},
+                    **{key: getattr(config, key) for key in ("images", "sweep_images")},
+                    "device": device.type,
+                }
+                runs.append((label, settings))
+    if not runs:
+        raise InputError(f"only: no run matches {', '.join(config.only)}; runs are named like dsprites-beta_vae-s0")
+    return runs
+
+
+def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress: bool = True) -> dict[str, Any]:
+    """Train and measure one model and its untrained twin; the result, with files beside it in the run's directory."""
+    c = run.config
+    model = build(c, ds, device)
+    untrained = measure(model, ds, images=c["images"], sweep_images=c["sweep_images"], seed=EVALUATION_SEED)
+    started = time.perf_counter()
+    trained = training.fit(
+        build(c, ds, device),
+        ds,
+        steps=c["steps"],
+        batch_size=c["batch_size"],
+        seed=c["seed"],
+        lr=c["lr"],
+        precision=c["precision"],
+        out=run.path,
+        progress=progress,
+    )
+    seconds = time.perf_counter() - started
+    measured = measure(trained.model, ds, images=c["images"], sweep_images=c["sweep_images"], seed=EVALUATION_SEED)
+    for grid, effects in measured.effects.items():
+        effects.save(run.path / f"effects-{grid}.safetensors")
+    _save_pictures(run.path / "pictures.safetensors", measured)
+    return {
+        "trained": measured.trained,
+        "metrics": measured.metrics,
+        "replicates": measured.replicates,
+        "latents": measured.latents,
+        "control": {"untrained": untrained.metrics},
+        "definitions": {name: {"unit": unit, "definition": text} for name, (unit, text) in DEFINITIONS.items()},
+        "history": trained.history.to_dict("records"),
+        "machine": {
+            "version": __version__,
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "instruction_set": _native.instruction_set(),
+            "threads": torch.get_num_threads(),
+        },
+        "timing": {"training_seconds": seconds, "sweeps": measured.plans},
+    }
+
+
+def build(c: Mapping[str, Any], ds: data.Dataset, device: torch.device) -> models.VAE:
+    """The run's model as it is before training; its untrained control too."""
+    torch.manual_seed(c["seed"])
+    options = {"latents": c["latents"], "net": c["net"], "likelihood": ds.likelihood, "trials": ds.trials}
+    return models.build(c["architecture"], ds.shape, **options, **c["options"]).to(device)
+
+
+def _save_pictures(path: Path, measured: Measurement) -> None:
+    from safetensors.torch import save_file
+
+    write_with(path, lambda file: save_file(measured.pictures, file))
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {"config": json.loads(json.dumps(dataclasses.asdict(config), default=str))}
+
+
+def _checked(config: Config) -> torch.device:
+    """The device; InputError for whatever would only fail after minutes of training."""
+    for name in config.data:
+        if name not in data.names():
+            raise InputError(f"data: {name!r} is unknown; known: {', '.join(data.names())}")
+    for name in config.architectures:
+        if name not in models.names():
+            raise InputError(f"architectures: {name!r} is unknown; known: {', '.join(models.names())}")
+    for key in ("seeds", "latents", "steps", "batch_size"):
+        if getattr(config, key) < 1:
+            raise InputError(f"{key}: expected at least 1, got {getattr(config, key)}")
+    for key in ("images", "sweep_images"):
+        if getattr(config, key) < 2:
+            raise InputError(f"{key}: expected at least 2, got {getattr(config, key)}")
+    if not config.data or not config.architectures:
+        raise InputError("data, architectures: expected at least one of each")
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device: expected auto, cpu or cuda, got {config.device!r}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: cuda was asked for, but torch sees no CUDA device")
+    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    return torch.device(wanted)
+
+
+def _typed(key: str, value: Any, default: Any) -> Any:
+    """`value` as the type of the field's default."""
+    if key in ("out", "data_root"):
+        if value is None and key == "data_root":
+            return None
+        if isinstance(value, str | Path):
+            return Path(value)
+        raise InputError(f"{key}: expected a path, got {value!r}")
+    if isinstance(default, tuple):
+        if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        raise InputError(f"{key}: expected a list of names, got {value!r}")
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise InputError(f"{key}: expected {type(default).__name__}, got {value!r}")
+    return value

@@ -132,15 +132,13 @@ class Planted:
 def dense(weight: np.ndarray, bias: np.ndarray | None = None) -> nn.Linear:
     """nn.Linear of the given weight (out, in) and bias (out,), float64."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=torch.float64)
-    return planted_in(layer, weight, np.zeros(len(weight)) if bias is None else bias)
-
-
-def planted_in(layer: nn.Linear | nn.ConvTranspose2d, weight: np.ndarray, bias: np.ndarray):
-    """`layer` with its weight and bias set."""
-    with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(np.asarray(weight, dtype=np.float64)))
-        layer.bias.copy_(torch.from_numpy(np.asarray(bias, dtype=np.float64)))
+    plant(layer, weight, np.zeros(len(weight)) if bias is None else bias)
     return layer
+
+
+def plant(layer: nn.Module, weight: np.ndarray, bias: np.ndarray) -> None:
+    """Set the weight and bias of `layer`."""
+    layer.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
 
 
 def eighths(seed: int, *shape: int, span: int = 2) -> np.ndarray:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
 from ..groups import cells
-from .circuit import Planted, dense, eighths, planted_in, rise
+from .circuit import Planted, dense, eighths, plant, rise
 
 GRID, SIDE = 8, 16
 KERNELS = eighths(5, 2, 4, 4)  # of the two channels of the grid
@@ -27,44 +28,56 @@ PLACES = (
 
 def circuits() -> list[Planted]:
     """The convolutional circuits."""
-    pictures = np.stack([_picture(places) for places in PLACES])
-    scale = np.array([1.0, 0.5, 2.0, 1.0, 0.75])
-    bias = -0.5
+    return [quadrants(), thresholds()]
 
-    def drawn(z: np.ndarray, i: int, shift: np.ndarray) -> np.ndarray:
+
+def quadrants() -> Planted:
+    """A linear decoder: a shift d of a latent adds d times its picture."""
+    pictures = np.stack([_picture(places) for places in PLACES])
+
+    def change(z: np.ndarray, i: int, shift: np.ndarray) -> np.ndarray:
         return shift[..., None] * pictures[i]
 
-    def drawn_where_positive(z: np.ndarray, i: int, shift: np.ndarray) -> np.ndarray:
-        x = z[:, i, None]
-        return sum(
-            rise(weight * x, weight * shift, -bias)[..., None] * _picture([(channel, row, column, 1.0)])
-            for channel, row, column, weight in PLACES[i]
-        )
-
-    common = dict(
-        z=torch.from_numpy(eighths(6, 8, len(PLACES))),
-        scale=torch.from_numpy(scale),
-        groups=cells(SIDE, SIDE, SIDE // 2),
+    return _planted(
+        "conv_quadrants",
+        "Four latents draw in one quadrant each, some cut by the border; a fifth draws over all four.",
+        _decoder([], 0.0),
+        change,
     )
-    return [
-        Planted(
-            name="conv_quadrants",
-            shows="Four latents draw in one quadrant each, some cut by the border; a fifth draws over all four.",
-            decoder=_decoder([], 0.0),
-            change=drawn,
-            **common,
-        ),
-        Planted(
-            name="conv_relu",
-            shows="The same through a ReLU on the grid: a latent draws only from a threshold on.",
-            decoder=_decoder([("relu", nn.ReLU())], bias),
-            change=drawn_where_positive,
-            **common,
-        ),
-    ]
 
 
-def _picture(places) -> np.ndarray:
+def thresholds() -> Planted:
+    """A ReLU on the grid: a place of weight w holds max(w z - 1/2, 0)."""
+
+    def change(z: np.ndarray, i: int, shift: np.ndarray) -> np.ndarray:
+        x = z[:, i, None]
+        drawn = [
+            rise(weight * x, weight * shift, 0.5)[..., None] * _picture([(channel, row, column, 1.0)])
+            for channel, row, column, weight in PLACES[i]
+        ]
+        return np.sum(drawn, axis=0)
+
+    return _planted(
+        "conv_relu",
+        "The same through a ReLU on the grid: a latent draws only from a threshold on.",
+        _decoder([("relu", nn.ReLU())], -0.5),
+        change,
+    )
+
+
+def _planted(name: str, shows: str, decoder: nn.Module, change: Callable[..., np.ndarray]) -> Planted:
+    return Planted(
+        name=name,
+        shows=shows,
+        decoder=decoder,
+        z=torch.from_numpy(eighths(6, 8, len(PLACES))),
+        scale=torch.tensor([1.0, 0.5, 2.0, 1.0, 0.75], dtype=torch.float64),
+        groups=cells(SIDE, SIDE, SIDE // 2),
+        change=change,
+    )
+
+
+def _picture(places: Sequence[tuple[int, int, int, float]]) -> np.ndarray:
     """What the kernels, transposed-convolved with stride 2 and padding 1, draw for `places`: (256,), row-major."""
     image = np.zeros((SIDE, SIDE))
     for channel, row, column, weight in places:
@@ -83,13 +96,14 @@ def _decoder(between: list[tuple[str, nn.Module]], bias: float) -> nn.Sequential
             weight[channel, row, column, i] = value
     weight = weight.reshape(-1, len(PLACES))
     ct = nn.ConvTranspose2d(2, 1, 4, stride=2, padding=1, dtype=torch.float64)
+    plant(ct, KERNELS[:, None], np.array([0.25]))
     return nn.Sequential(
         OrderedDict(
             [
                 ("fc", dense(weight, np.full(len(weight), bias))),
                 ("grid", nn.Unflatten(1, (2, GRID, GRID))),
                 *between,
-                ("ct", planted_in(ct, KERNELS[:, None], np.array([0.25]))),
+                ("ct", ct),
             ]
         )
     )

@@ -7,17 +7,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 .PHONY: study test test-deep lint bench clean
 
-# Two stamps: what is installed, and what is compiled from it.
-$(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+# torch first and alone: a build of it that is already at hand is then taken before the index's newest.
+$(VENV)/built: pyproject.toml constraints.txt setup.py $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) triton --no-deps
 	$(PIP) setuptools pybind11
 	$(PIP) --no-build-isolation --editable '.[xarray,test,lint]'
-	touch $@
-
-$(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
-	$(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 
 # Train, intervene, measure, report: a few minutes on two cores. A GPU is used where there is one.

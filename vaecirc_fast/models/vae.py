@@ -19,8 +19,8 @@ class VAE(nn.Module):
     """Encoder q(z|x) = N(mu(x), diag exp(logvar(x))), decoder y = g(z) = the mean of the likelihood.
 
     `shape` (C, H, W); `latents` L >= 1; `net` "conv" (sides of 8 and more) or "mlp"; `likelihood` "bernoulli" (x in
-    [0, 1]) or "gaussian" (unit variance); `width` multiplies every hidden size; `trials`: a Bernoulli pixel x stands for
-    that many binary ones, a share x of which is on (see `Dataset.trials`). Parameters start from torch's default
+    [0, 1]) or "gaussian" (unit variance); `width` multiplies every hidden size; `trials`: a Bernoulli pixel x stands
+    for that many binary ones, a share x of which is on (see `Dataset.trials`). Parameters start from torch's default
     initialisation and the global random state: call `torch.manual_seed` first for a model that can be made again.
     """
 
@@ -47,7 +47,7 @@ class VAE(nn.Module):
         if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1:
             raise InputError(f"trials: expected an integer of at least 1, got {trials!r}")
         if trials > 1 and likelihood != "bernoulli":
-            raise InputError(f"trials: only the bernoulli likelihood counts binary pixels, got {trials} for {likelihood}")
+            raise InputError(f"trials: only the bernoulli likelihood has them, got {trials} for {likelihood}")
         self.latents = latents
         self.trials = trials
         self.net = net

@@ -31,11 +31,12 @@ EVALUATION_SEED = 2025  # the images that models are judged on, the same for eve
 class Config:
     """What the image study runs.
 
-    out: the directory of runs and report. data: data set names. architectures: model names. seeds: runs of each pair, seeds
-    0, 1, ... latents: L. net: "conv" or "mlp". beta: of beta_vae. steps: training steps of `batch_size` images at learning
-    rate `lr`. precision: "auto", "fp32" or "bf16". images: how many a model is judged on; sweep_images: how many of them its
-    latents are swept on. device: "auto", "cpu" or "cuda". data_root: directory of official files, if any. only: shell-style
-    patterns of run names such as "dsprites-beta_vae-s0"; all runs if empty.
+    out: the directory of runs and report. data: data set names. architectures: model names. seeds: runs of each pair,
+    seeds 0, 1, ... latents: L. net: "conv" or "mlp". beta: of beta_vae. steps: training steps of `batch_size` images at
+    learning rate `lr`. precision: "auto", "fp32" or "bf16". images: how many a model is judged on; sweep_images: how
+    many of them its latents are swept on. device: "auto", "cpu" or "cuda". data_root: directory of official files, if
+    any.
+    only: shell-style patterns of run names such as "dsprites-beta_vae-s0"; all runs if empty.
     """
 
     out: Path = Path("runs/image")
@@ -63,7 +64,7 @@ class Config:
         return cls(**PRESETS[name]).replaced(changes)
 
     def replaced(self, changes: Mapping[str, Any]) -> Config:
-        """This configuration with the fields in `changes` replaced, as read from JSON; a wrong key or type is refused."""
+        """This configuration with the fields in `changes` replaced, as read from JSON; InputError for others."""
         fields = {field.name: field for field in dataclasses.fields(self)}
         values = {}
         for key, value in changes.items():
@@ -121,7 +122,10 @@ def plan(config: Config, device: torch.device) -> list[tuple[str, dict[str, Any]
                     "architecture": architecture,
                     "options": {"beta": config.beta} if architecture == "beta_vae" else {},
                     "seed": seed,
-                    **{key: getattr(config, key) for key in ("latents", "net", "steps", "batch_size", "lr", "precision")},
+                    **{
+                        key: getattr(config, key)
+                        for key in ("latents", "net", "steps", "batch_size", "lr", "precision")
+                    },
                     **{key: getattr(config, key) for key in ("images", "sweep_images")},
                     "device": device.type,
                 }

@@ -33,8 +33,9 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """`metrics`: name -> {value, low, high, resampled, n, ...}; `replicates`: bootstrap replicates of the model-level causal
-    metrics; `latents`: a row per latent; `effects` by grid; `pictures`: images (n, C, H, W) uint8; `plans` of the sweeps.
+    """`metrics`: name -> {value, low, high, resampled, n, ...}; `replicates`: bootstrap replicates of the model-level
+    causal metrics; `latents`: a row per latent; `effects` by grid; `pictures`: images (n, C, H, W) uint8; `plans` of
+    the sweeps.
     """
 
     metrics: dict[str, dict[str, Any]]
@@ -54,7 +55,7 @@ def image_cells(shape: tuple[int, int, int]) -> Groups:
 
 @torch.no_grad()
 def measure(model: VAE, ds: Dataset, *, images: int, sweep_images: int, seed: int) -> Measurement:
-    """Measure `model` on `images` images of `ds` (all of them where it has fewer), sweeping the first `sweep_images`."""
+    """Measure `model` on `images` images of `ds` (all where it has fewer), sweeping the first `sweep_images`."""
     model.eval()
     x, v = _evaluation_images(ds, images, seed)
     mu, logvar, loss = _encode(model, x)

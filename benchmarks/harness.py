@@ -1,0 +1,40 @@
+"""What every benchmark shares: how a time is taken, and what a case says about itself."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROUNDS = 15
+
+
+def measure(benchmark: Any, call: Callable[[], Any], *, case: str, form: str, ours: bool = False, **facts: Any) -> None:
+    """Time `call` after two warm-up calls.
+
+    `form` is what was timed in `case`; facts: `bytes`, `decodes` or `images` of one call.
+    """
+
+    def synchronised() -> None:
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    benchmark.extra_info.update(case=case, form=form, ours=ours, **facts)
+    benchmark.pedantic(synchronised, rounds=ROUNDS, warmup_rounds=2)
+
+
+def machine() -> str:
+    """A name for this kind of machine, without its host name: processor or GPU, and the threads torch uses."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        file = Path("/proc/cpuinfo")
+        model = re.search(r"model name\s*:\s*(.+)", file.read_text()) if file.exists() else None
+        processor = model.group(1) if model else platform.processor()
+        name = f"{processor} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -118,14 +118,14 @@ def test_ctrl_c_inside_an_update_saves_nothing_half_done(tmp_path, monkeypatch):
     def interrupted(self, *arguments):
         calls.append(1)
         update(self, *arguments)
-        if len(calls) == 3:
+        if len(calls) == 4:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(new_model(), out=tmp_path, checkpoint_every=2)
-    assert len(calls) == 3 and checkpoint_step(tmp_path) == 2
+    assert len(calls) == 4 and checkpoint_step(tmp_path) == 2
 
 
 def test_ctrl_c_without_a_directory():

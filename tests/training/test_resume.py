@@ -41,8 +41,8 @@ def assert_identical(a, b):
 class Interrupted(Blobs):
     """Blobs whose `sample` stops the run, in a way of the test's choice, when it is called for the n-th time."""
 
-    def __init__(self, at, action):
-        super().__init__()
+    def __init__(self, at, action, side=16):
+        super().__init__(side)
         self.calls, self.at, self.action = 0, at, action
 
     def sample(self, n, generator=None):
@@ -78,6 +78,23 @@ def test_interrupted_runs_end_bit_identical(tmp_path, precision, net, options):
     assert (tmp_path / "a" / MODEL).read_bytes() == (tmp_path / "b" / MODEL).read_bytes()
     assert (tmp_path / "a" / CHECKPOINT).read_bytes() == (tmp_path / "b" / CHECKPOINT).read_bytes()
     assert_identical(weights(models.load(tmp_path / "b" / MODEL)), weights(undisturbed.model))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_full_size_and_two_threads(tmp_path, precision):
+    """The kernels that real runs use: blocked and split over threads, unlike those of the tiny nets above."""
+    torch.set_num_threads(2)  # the fixture restores it
+
+    def model(seed):
+        torch.manual_seed(seed)
+        return models.build("vae", (1, 64, 64))
+
+    options = {"precision": precision, "batch_size": 32, "steps": 4}
+    undisturbed = train(model(0), Blobs(64), **options)
+    with pytest.raises(KeyboardInterrupt):
+        train(model(0), Interrupted(3, stop, side=64), out=tmp_path, **options)
+    resumed = train(model(9), Blobs(64), out=tmp_path, **options)
+    assert_identical(weights(undisturbed.model), weights(resumed.model))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -22,6 +22,7 @@ def test_against_numpy():
     mu, logvar = posterior()
     scale = np.sqrt(mu.var(0) + np.exp(logvar).mean(0))
     table = active_units(mu, logvar)
+    assert list(table["latent"]) == [0, 1, 2, 3]
     assert table["scale"].to_numpy() == pytest.approx(scale)
     assert table["share"].to_numpy() == pytest.approx(mu.var(0) / scale**2, abs=1e-12)
     assert table["variance"].to_numpy() == pytest.approx(mu.var(0), abs=1e-12)
@@ -29,6 +30,19 @@ def test_against_numpy():
     assert table["active"].tolist() == [True, False, False, True]
     assert table["burda_active"].tolist() == [True, True, False, False]
     assert posterior_scale_from(torch.tensor(mu), torch.tensor(logvar)).numpy() == pytest.approx(scale)
+
+
+@pytest.mark.parametrize("share, active", [(0.04, False), (0.06, True)])
+def test_a_twentieth_is_active(share, active):
+    mu = np.array([[-1.0], [1.0]])
+    table = active_units(mu, np.full((2, 1), math.log(1 / share - 1)))
+    assert table["share"][0] == pytest.approx(share) and table["active"][0] == active
+
+
+@pytest.mark.parametrize("variance, active", [(0.009, False), (0.011, True)])
+def test_burdas_threshold_is_a_variance_of_a_hundredth(variance, active):
+    mu = np.array([[-1.0], [1.0]]) * math.sqrt(variance)
+    assert active_units(mu, np.zeros((2, 1)))["burda_active"][0] == active
 
 
 def test_share_does_not_depend_on_the_unit():

@@ -60,8 +60,7 @@ def _moments(mu: Any, logvar: Any) -> tuple[Tensor, Tensor]:
     if mu.ndim != 2 or 0 in mu.shape or mu.is_complex():
         raise InputError(f"mu: expected numbers of shape (N, L), got {mu.dtype} {tuple(mu.shape)}")
     mu = mu.detach().double()
-    # of equal values exactly 0, where the rounded mean would leave 1e-34: a share of it would be 1
-    variance = torch.where(mu.amin(0) == mu.amax(0), 0.0, mu.var(0, correction=0))
+    variance = mu.var(0, correction=0)
     if not variance.isfinite().all():
         raise InputError("mu: expected finite numbers with a finite variance, got NaN, infinity or an overflow")
     if logvar is None:

@@ -173,24 +173,27 @@ class _Accumulator:
             "step": self.spec.coordinates.tolist(),
             "group": list(self.groups.names),
         }
-        common = dict(
+        by_group = by_step = None
+        if self.reduce is None:
+            coords = {"sample": list(range(self.samples)), **coords}
+            tensor = torch.cat(self.kept)
+        else:
+            tensor = (self.total / self.samples).to(self.dtype)
+            if self.replicates:
+                norm = self.weight_sum.clamp(min=1)[:, None, None]
+                by_group, by_step = (self.by_group / norm).to(self.dtype), (self.by_step / norm).to(self.dtype)
+        return Effects(
+            tensor,
+            tuple(coords),
+            coords,
             effect=self.effect,
             grid=self.spec.name,
             samples=self.samples,
             group_weights=self.weights,
             step_size=None if self.spec.step_size is None else self.spec.step_size.contiguous(),
+            replicates=by_group,
+            step_replicates=by_step,
             plan=plan,
-        )
-        if self.reduce is None:
-            coords = {"sample": list(range(self.samples)), **coords}
-            return Effects(torch.cat(self.kept), ("sample", "latent", "step", "group"), coords, **common)
-        tensor = (self.total / self.samples).to(self.dtype)
-        if not self.replicates:
-            return Effects(tensor, ("latent", "step", "group"), coords, **common)
-        norm = self.weight_sum.clamp(min=1)[:, None, None]
-        by_group, by_step = (self.by_group / norm).to(self.dtype), (self.by_step / norm).to(self.dtype)
-        return Effects(
-            tensor, ("latent", "step", "group"), coords, replicates=by_group, step_replicates=by_step, **common
         )
 
 

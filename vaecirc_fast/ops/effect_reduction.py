@@ -41,7 +41,9 @@ def effect_reduction(
     Deterministic for any number of threads. NaN in a group makes that group's effect NaN. InputError for wrong shapes,
     dtypes, devices or names.
     """
-    names = (effect,) if isinstance(effect, str) else tuple(effect)
+    names = (effect,) if isinstance(effect, str) else effect
+    if not isinstance(names, Sequence) or any(name in names[:n] for n, name in enumerate(names)):
+        raise InputError(f"effect: expected a name or a sequence of different names, got {effect!r}")
     for name in names:
         if name not in reference.KINDS:
             raise InputError(f"effect: {name!r} is unknown; known: {', '.join(reference.KINDS)}")
@@ -55,6 +57,8 @@ def effect_reduction(
         )
     if reduce not in (None, "sum"):
         raise InputError(f'reduce: expected None or "sum", got {reduce!r}')
+    if groups is not None and not isinstance(groups, Groups):
+        raise InputError(f"groups: expected Groups, as vf.groups.cells makes them, got {type(groups).__name__}")
     _check_outputs(base, perturbed)
     samples, interventions = perturbed.shape[:2]
     base, perturbed = base.reshape(samples, base[:1].numel() or perturbed.shape[2:].numel()), perturbed.flatten(2)
@@ -74,12 +78,7 @@ def effect_reduction(
         reference.LINKS.index(link),
         reduce == "sum",
     )
-    if torch.compiler.is_compiling():
-        out = torch.ops.vaecirc_fast.effect_reduction(*arguments)
-    elif is_plain_call(base, perturbed):
-        out = _run(*arguments)
-    else:
-        out = _Function.apply(*arguments)
+    out = _forward(*arguments)
     return out.squeeze(-2) if isinstance(effect, str) else out
 
 
@@ -97,6 +96,12 @@ def _check_outputs(base: Tensor, perturbed: Tensor) -> None:
         raise InputError(f"base, perturbed: expected one floating dtype, got {base.dtype} and {perturbed.dtype}")
     if base.device != perturbed.device:
         raise InputError(f"base, perturbed: expected one device, got {base.device} and {perturbed.device}")
+
+
+def _forward(base: Tensor, perturbed: Tensor, *rest: Any) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.ops.vaecirc_fast.effect_reduction(base, perturbed, *rest)
+    return (_run if is_plain_call(base, perturbed) else _Function.apply)(base, perturbed, *rest)
 
 
 def _run(
@@ -146,14 +151,13 @@ def _factors(grad: Tensor, saved: tuple[Tensor, ...], kinds: Sequence[int], link
             case "mse":
                 linear = linear + 2 * per_element[:, :, e]
             case "rms":
-                call = torch.ops.vaecirc_fast.effect_reduction if torch.compiler.is_compiling() else _run
-                rms = call(base, perturbed, labels, order, offsets, [kind], link, False)[:, :, 0]
+                rms = _forward(base, perturbed, labels, order, offsets, [kind], link, False)[:, :, 0]
                 linear = linear + torch.where(rms == 0, 0, per_element[:, :, e] / rms)
             case "signed":
                 one = one + per_element[:, :, e]
             case "logit_mse":
                 raw = raw + 2 * per_element[:, :, e]
-    return torch.stack([sign, linear, one, raw], 2)
+    return torch.stack(torch.broadcast_tensors(sign, linear, one, raw), 2)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -161,7 +165,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(base, perturbed, labels, order, offsets)
 
 
-def _backward(ctx: Any, grad: Tensor):
+def _backward(ctx: Any, *grads: Tensor):
+    (grad,) = grads
     saved = ctx.saved_tensors
     factors = _factors(grad, saved, ctx.kinds, ctx.link, ctx.sum_samples)
     call = (
@@ -306,7 +311,7 @@ def _load_cpp():
 
 
 def _load_triton():
-    from ..triton_kernels import effect_reduction as kernels
+    from ..triton_kernels import effect_reduction as kernels  # pyright: ignore[reportMissingImports]
 
     return {"effect_reduction": kernels.forward, "effect_reduction_backward": kernels.backward}
 

@@ -60,7 +60,7 @@ def measure(model: VAE, ds: Dataset, *, images: int, sweep_images: int, seed: in
     x, v = _evaluation_images(ds, images, seed)
     mu, logvar, loss = _encode(model, x)
     activity = metrics.active_units(mu, logvar)
-    active = int(activity["active"].sum())
+    active = int(activity["active"].to_numpy().sum())
     likelihood = "bernoulli" if model.likelihood == "bernoulli" else "squared_error"
     reconstruction = metrics.reconstruction_report(
         loss, metrics.mean_image_loss(x, likelihood=likelihood), metrics.loss_floor(x, likelihood), active

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from .errors import InputError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Groups:
     """A partition of P output elements (the output flattened, row-major) into G named groups.
 
@@ -59,14 +60,21 @@ def from_labels(
     names = tuple(names) if names is not None else tuple(f"group {g}" for g in range(count))
     if len(names) != count:
         raise InputError(f"names: expected {count}, one a group, got {len(names)}")
+    shape = tuple(shape) if shape is not None else (count,)
+    if math.prod(shape) != count:
+        raise InputError(f"shape: expected sizes whose product is the {count} groups, got {shape}")
     order = torch.argsort(labels, stable=True)[int((labels < 0).sum()) :]
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-    return Groups(labels.int(), names, shape or (count,), order.int(), offsets.int())
+    return Groups(labels.int(), names, shape, order.int(), offsets.int())
 
 
 def whole(elements: int) -> Groups:
     """One group that holds all `elements` output elements."""
-    return from_labels(torch.zeros(elements, dtype=torch.int64), ["output"])
+    if elements < 1:
+        raise InputError(f"whole: expected at least one element, got {elements}")
+    # Written out rather than left to from_labels: its checks cost more than a small op and stop torch.compile.
+    labels, order = torch.zeros(elements, dtype=torch.int32), torch.arange(elements, dtype=torch.int32)
+    return Groups(labels, ("output",), (1,), order, torch.tensor([0, elements], dtype=torch.int32))
 
 
 def cells(height: int, width: int, cell: int, channels: int = 1) -> Groups:

@@ -158,10 +158,11 @@ def cpp_reason(device: str) -> str | None:
 def triton_reason(device: str) -> str | None:
     """`reason` of Triton kernels: a GPU, or the interpreter on CPU tensors."""
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError as error:
         return f"Triton is not installed ({error}): run `pip install triton`"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    # Decided when Triton was imported, so the environment may say something else by now.
+    interpreted = not isinstance(triton.language.sum, triton.runtime.JITFunction)
     if device == "cpu" and not interpreted:
         return "Triton runs on CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before the first import"
     if device == "cuda" and not torch.cuda.is_available():

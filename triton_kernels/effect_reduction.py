@@ -127,6 +127,13 @@ def _finish(kind: tl.constexpr, absolute, square, plain, raw, n):
 
 
 @triton.jit
+def _product(factor, value, mask, WORKING: tl.constexpr):
+    # A factor of zero adds nothing, even where the value is NaN or infinite.
+    f = _load(factor, mask, WORKING)
+    return tl.where(f == 0, 0.0, f * value)
+
+
+@triton.jit
 def _effect_reduction_backward_kernel(
     base,  # (B, P)
     perturbed,  # (B, I, P)
@@ -151,15 +158,15 @@ def _effect_reduction_backward_kernel(
     y0 = _link(x0, SIGMOID)
     through = tl.zeros([BLOCK_P], WORKING)
     direct = tl.zeros([BLOCK_P], WORKING)
+    f = factors + b * factors_stride + group  # of intervention i
     for i in range(0, I):
         row = (b * I + i) * P
         x1 = _load(perturbed + row + p, inside, WORKING)
         y1 = _link(x1, SIGMOID)
         d = y1 - y0
-        f = factors + b * factors_stride + i.to(tl.int64) * 4 * G + group
         sign = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d * 0.0)).to(WORKING)
-        g = _load(f, kept, WORKING) * sign + _load(f + G, kept, WORKING) * d + _load(f + 2 * G, kept, WORKING)
-        r = _load(f + 3 * G, kept, WORKING) * (x1 - x0)
+        g = _product(f, sign, kept, WORKING) + _product(f + G, d, kept, WORKING) + _load(f + 2 * G, kept, WORKING)
+        r = _product(f + 3 * G, x1 - x0, kept, WORKING)
         g = tl.where(kept, g, 0.0)
         r = tl.where(kept, r, 0.0)
         through += g
@@ -167,6 +174,7 @@ def _effect_reduction_backward_kernel(
         if SIGMOID:
             g = g * y1 * (1.0 - y1)
         tl.store(grad_perturbed + row + p, (g + r).to(grad_perturbed.dtype.element_ty), mask=inside)
+        f += 4 * G
     if SIGMOID:
         through = through * y0 * (1.0 - y0)
     tl.store(grad_base + b * P + p, (-through - direct).to(grad_base.dtype.element_ty), mask=inside)

@@ -220,7 +220,7 @@ bool make_plan(Plan& plan, const int32_t* labels, int64_t P, int64_t G) {
         uint32_t hash = 0;
         for (int k = 0; k < LANES; ++k) {
             const int64_t p = c * LANES + k;
-            lanes[k] = p < P ? labels[p] : lanes[k - 1];  // padding differs by 0 and may join any group
+            lanes[k] = labels[p < P ? p : P - 1];  // padding differs by 0 and may join any group
             hash = (hash ^ (uint32_t)lanes[k]) * 0x9E3779B1u;
         }
         int64_t h = (hash >> 16) % TABLE;
@@ -544,11 +544,16 @@ bool forward(const EffectReduction& args) {
     return ok;
 }
 
-// Adds factor[label] * value to gradient, for one kind of factor over a tile.
-#define ADD_FACTOR(k, value)                                                  \
-    if (used[k]) {                                                            \
-        const T* f = factors + k * args.G;                                    \
-        for (int64_t j = 0; j < n; ++j) gradient[j] += f[group[j]] * (value); \
+// Adds factor[label] * value to gradient, for one kind of factor over a tile. A factor of zero adds nothing, whatever
+// the value: the kind is not wanted there, and its NaN or infinity must not reach the gradient of another.
+#define ADD_FACTOR(k, value)                             \
+    if (used[k]) {                                       \
+        const T* f = factors + k * args.G;               \
+        for (int64_t j = 0; j < n; ++j) {                \
+            const T factor = f[group[j]];                \
+            const T product = factor * (value);          \
+            gradient[j] += factor == 0 ? (T)0 : product; \
+        }                                                \
     }
 
 // The gradients of one tile of P for one sample: all interventions, summed into the base's.

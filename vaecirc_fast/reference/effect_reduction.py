@@ -64,12 +64,17 @@ def forward(
     return out.sum(0) if sum_samples else out
 
 
+def _product(factor: Tensor, value: Tensor) -> Tensor:
+    return torch.where(factor == 0, 0, factor * value)
+
+
 def backward(
     base: Tensor, perturbed: Tensor, labels: Tensor, order: Tensor, offsets: Tensor, factors: Tensor, link: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients (B, P) and (B, I, P) from `factors` (B or 1, I, 4, G).
 
-    The factors multiply, per group: sign(dy), dy, 1 (all three then through the link) and the raw difference.
+    The factors multiply, per group: sign(dy), dy, 1 (all three then through the link) and the raw difference. A factor
+    of zero adds nothing, even where what it multiplies is NaN or infinite.
     """
     dtype = base.dtype
     base, perturbed = _working(base), _working(perturbed)
@@ -78,8 +83,9 @@ def backward(
     padded = torch.cat([factors, factors.new_zeros(*factors.shape[:3], 1)], 3)
     per_element = padded[..., torch.where(labels < 0, factors.shape[3], labels).long()]
     sign, linear, one, raw = per_element.unbind(2)
-    through = sign * dy.sign() + linear * dy + one
-    raw = raw * (perturbed - base[:, None])
+    direction = torch.where(dy.isnan(), dy, dy.sign())
+    through = _product(sign, direction) + _product(linear, dy) + one
+    raw = _product(raw, perturbed - base[:, None])
     slope, slope0 = (y * (1 - y), y0 * (1 - y0)) if LINKS[link] == "sigmoid" else (1.0, 1.0)
     grad_perturbed = through * slope + raw
     grad_base = -(through * slope0 + raw).sum(1)

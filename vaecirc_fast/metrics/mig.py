@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..errors import InputError
@@ -64,24 +63,25 @@ def mig(
         raise InputError(f"factors: expected at least one that varies, got one value each of {', '.join(names)}")
 
     n, sizes = len(cut), [len(levels[k][0]) for k in kept]
-    cells = [torch.from_numpy(cut * size + levels[k][1].reshape(-1, 1)) for k, size in zip(kept, sizes, strict=True)]
-    gaps = _gaps(cells, bins, sizes, lambda start, stop: torch.ones(stop - start, 1))[:, 0]
+    cells = [cut * size + levels[k][1].reshape(-1, 1) for k, size in zip(kept, sizes, strict=True)]
+    gaps = _gaps(cells, bins, sizes, lambda start, stop: np.ones((stop - start, 1), dtype=np.float32))[:, 0]
     value = float(gaps.mean())
     low = high = math.nan
     if replicates and n > 1:
         block = max(1, _CELLS // (cut.shape[1] * bins * sum(sizes)))
-        means = []
+        drawn = []
         for first in range(0, replicates if n >= FEW else n, block):
             rows = slice(first, first + block)
-            drawn = _gaps(
-                cells,
-                bins,
-                sizes,
-                lambda start, stop, rows=rows: resampling_weights(replicates, stop - start, seed, start, n)[rows].T,
-            )
-            means.append(drawn.nanmean(0))  # a factor that a small resample left with one value has no gap in it
-        replicated = torch.cat(means)
-        replicated = replicated[replicated.isfinite()].numpy()
+
+            def weights(start: int, stop: int, rows: slice = rows) -> np.ndarray:
+                return resampling_weights(replicates, stop - start, seed, start, n)[rows].T.numpy()
+
+            drawn.append(_gaps(cells, bins, sizes, weights))
+        replicated = np.concatenate(drawn, axis=1)
+        # a factor that a small resample left with one value has no gap in it
+        defined = np.isfinite(replicated)
+        some = defined.any(0)
+        replicated = np.where(defined, replicated, 0).sum(0)[some] / defined.sum(0)[some]
         if n >= FEW:
             low, high = percentile_interval(replicated, level, centre=value)
         else:
@@ -101,40 +101,49 @@ def _cut(codes: np.ndarray, bins: int) -> np.ndarray:
     return cut
 
 
-def _gaps(cells: list[Tensor], bins: int, sizes: list[int], weights: Callable[[int, int], Tensor]) -> Tensor:
+def _gaps(
+    cells: list[np.ndarray], bins: int, sizes: list[int], weights: Callable[[int, int], np.ndarray]
+) -> np.ndarray:
     """(I(top) - I(second)) / H of each factor in each replicate: (K, R) float64, NaN where the factor has one value.
 
     `cells`: for each factor (N, L), bin * size + level. `weights(start, stop)`: (stop - start, R), whole numbers.
     Information is H(bin) + H(level) - H(bin, level).
     """
+    from scipy import sparse
+
     n, latents = cells[0].shape
-    counts: list[Tensor] = []
+    counts: list[np.ndarray] = []
     for start in range(0, n, _ROWS):
         stop = min(n, start + _ROWS)
-        weight = weights(start, stop).contiguous()
+        weight = np.ascontiguousarray(weights(start, stop))
         if not counts:
-            counts = [torch.zeros(latents, bins * size, weight.shape[1], dtype=torch.float64) for size in sizes]
+            counts = [np.zeros((latents, bins * size, weight.shape[1])) for size in sizes]
+        one, sample = np.ones(stop - start, dtype=np.float32), np.arange(stop - start)
         for cell, count in zip(cells, counts, strict=True):
             for i in range(latents):
                 # float32 holds whole numbers to 2^24 exactly, more than a chunk's weights sum to
-                count[i] += torch.zeros(count.shape[1:]).index_add_(0, cell[start:stop, i], weight)
+                member = sparse.csr_array((one, (cell[start:stop, i], sample)), shape=(count.shape[1], stop - start))
+                count[i] += member @ weight
     gaps = []
     for count, size in zip(counts, sizes, strict=True):
-        joint = count.view(latents, bins, size, -1)
+        joint = count.reshape(latents, bins, size, -1)
         of_level = joint[0].sum(0)
-        total = of_level.sum(0)
-        entropy = _entropy(of_level, 0, total)
-        information = _entropy(joint.sum(2), 1, total) + entropy - _entropy(count, 1, total)
-        # rounding alone can put the information of independent counts a few 1e-16 below 0
-        information = torch.cat([information.clamp(min=0), torch.zeros(1, information.shape[1])])
-        top = information.topk(2, dim=0).values
-        gaps.append(torch.where(entropy > 0, (top[0] - top[1]) / entropy, math.nan))
-    return torch.stack(gaps)
+        entropy = _entropy(of_level, 0)
+        information = _entropy(joint.sum(2), 1) + entropy - _entropy(count, 1)
+        # a second latent of no information where there is one only; rounding can put independent counts at -1e-16
+        information = np.concatenate([information.clip(min=0), np.zeros((1, information.shape[1]))])
+        second, first = np.partition(information, -2, axis=0)[-2:]
+        varies = (of_level > 0).sum(0) > 1
+        gaps.append(np.divide(first - second, entropy, out=np.full_like(entropy, np.nan), where=varies))
+    return np.stack(gaps)
 
 
-def _entropy(counts: Tensor, dim: int, total: Tensor) -> Tensor:
-    """Entropy in nats of the counts along `dim`."""
-    return total.log() - torch.special.xlogy(counts, counts).sum(dim) / total
+def _entropy(counts: np.ndarray, axis: int) -> np.ndarray:
+    """Entropy in nats of the counts along `axis`; 0 of no counts."""
+    from scipy.special import xlogy
+
+    total = np.maximum(counts.sum(axis), 1)
+    return np.log(total) - xlogy(counts, counts).sum(axis) / total
 
 
 def _checked_codes(codes: Any) -> np.ndarray:

@@ -183,8 +183,8 @@ def bootstrap(
     if not math.isfinite(value):
         raise InputError(f"f: expected a finite number on x, got {value}")
     draws = []
-    for weights in resampling_weights(replicates, n, seed).long():
-        rows = torch.repeat_interleave(torch.arange(n), weights)
+    for weights in resampling_weights(replicates, n, seed).long().numpy():
+        rows = np.repeat(np.arange(n), weights)
         if len(rows):  # all weights are zero once in e^n replicates
             draws.append(float(f(*(_rows(a, rows) for a in arrays))))
     low, high = resampled_interval(value, draws, n, level)
@@ -323,8 +323,8 @@ def _t_quantile(level: float, freedom: float) -> float:
     return float(stats.t.ppf((1 + level) / 2, freedom))
 
 
-def _rows(a: Any, rows: Tensor) -> Any:
-    return a[rows.to(a.device)] if isinstance(a, Tensor) else a[rows.numpy()]
+def _rows(a: Any, rows: np.ndarray) -> Any:
+    return a[torch.from_numpy(rows).to(a.device)] if isinstance(a, Tensor) else a[rows]
 
 
 def _array(x: Any) -> np.ndarray:

@@ -19,7 +19,7 @@ KERNELS = eighths(5, 2, 4, 4)  # of the two channels of the grid
 # 2r - 1 ... 2r + 2, so rows 0-2 stay within the upper half, rows 5-7 within the lower.
 PLACES = (
     ((0, 1, 1, 1.0), (1, 2, 0, -0.5)),
-    ((1, 1, 6, 2.0),),
+    ((1, 0, 6, 2.0),),
     ((0, 5, 0, 1.5),),
     ((0, 7, 7, 1.0), (1, 6, 5, 0.25)),
     ((1, 3, 4, 1.0),),  # image rows 5-8 and columns 7-10: all four quadrants

@@ -116,6 +116,14 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> str | None:
+    """The backend that this context forces, or None.
+
+    A gradient takes its forward's: autograd runs the gradients of GPU tensors in a thread that no context reaches.
+    """
+    return _forced.get()
+
+
 def backends() -> pandas.DataFrame:
     """One line per op and backend: `available` here, `chosen_for` which devices, and `why_not` otherwise."""
     import pandas

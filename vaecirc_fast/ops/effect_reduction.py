@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -163,16 +164,17 @@ def _factors(grad: Tensor, saved: tuple[Tensor, ...], kinds: Sequence[int], link
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     base, perturbed, labels, order, offsets, ctx.kinds, ctx.link, ctx.sum_samples = inputs
     ctx.save_for_backward(base, perturbed, labels, order, offsets)
+    ctx.forced = _registry.forced()
 
 
 def _backward(ctx: Any, *grads: Tensor):
     (grad,) = grads
     saved = ctx.saved_tensors
-    factors = _factors(grad, saved, ctx.kinds, ctx.link, ctx.sum_samples)
-    call = (
-        torch.ops.vaecirc_fast.effect_reduction_backward if torch.compiler.is_compiling() else _BackwardFunction.apply
-    )
-    grad_base, grad_perturbed = call(*saved, factors, ctx.link)
+    with _registry.backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
+        factors = _factors(grad, saved, ctx.kinds, ctx.link, ctx.sum_samples)
+        compiling = torch.compiler.is_compiling()
+        call = torch.ops.vaecirc_fast.effect_reduction_backward if compiling else _BackwardFunction.apply
+        grad_base, grad_perturbed = call(*saved, factors, ctx.link)
     return grad_base, grad_perturbed, None, None, None, None, None, None
 
 

@@ -11,10 +11,11 @@ from ..errors import InputError
 from .dataset import Dataset
 from .digits import Digits
 from .dsprites import DSprites
+from .folder import Folder
 
 __all__ = ["Dataset", "load", "names"]
 
-_DATASETS: dict[str, Callable[..., Dataset]] = {"dsprites": DSprites, "digits": Digits}
+_DATASETS: dict[str, Callable[..., Dataset]] = {"dsprites": DSprites, "digits": Digits, "folder": Folder}
 
 
 def names() -> tuple[str, ...]:

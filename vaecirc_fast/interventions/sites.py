@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     import pandas
 
 
+def matching_sites(module: nn.Module, pattern: str) -> list[str]:
+    """Paths of the submodules that match a shell-style pattern; InputError if none does."""
+    known = [name for name, _ in module.named_modules() if name]
+    found = [name for name in known if fnmatchcase(name, pattern)]
+    if not found:
+        shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+        raise InputError(f"sites: nothing matches {pattern!r}; the module has {shown or 'no submodules'}")
+    return found
+
+
 def wrap(module: nn.Module, example: Any = None) -> Wrapped:
     """A view of any module by its sites. `example`: an input to trace shapes with; our models bring their own."""
     if not isinstance(module, nn.Module):
@@ -39,19 +49,15 @@ class Wrapped:
         """
         import pandas
 
-        known = [name for name, _ in self.module.named_modules() if name]
-        if not any(fnmatchcase(name, pattern) for name in known):
-            shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
-            raise InputError(f"sites: nothing matches {pattern!r}; the module has {shown or 'no submodules'}")
+        found = matching_sites(self.module, pattern)
         traced = self._trace(example)
-        order = list(traced) + [name for name in known if name not in traced]
+        order = [name for name in traced if name in found] + [name for name in found if name not in traced]
         modules = dict(self.module.named_modules())
         lines = []
         for name in order:
-            if fnmatchcase(name, pattern):
-                shape, flops = traced.get(name, (None, None))
-                units = None if not shape else shape[0]
-                lines.append((name, type(modules[name]).__name__, shape, units, flops))
+            shape, flops = traced.get(name, (None, None))
+            units = None if not shape else shape[0]
+            lines.append((name, type(modules[name]).__name__, shape, units, flops))
         table = pandas.DataFrame(lines, columns=["site", "type", "shape", "units", "downstream_flops"])
         return table.astype({"units": "Int64", "downstream_flops": "Int64"})
 

@@ -12,18 +12,22 @@ from .reconstruction import (
     reconstruction_report,
 )
 from .statistics import Estimate
+from .units import assignment, isolation, polysemanticity
 
 __all__ = [
     "Estimate",
     "Mig",
     "ReconstructionReport",
     "active_units",
+    "assignment",
     "ces",
+    "isolation",
     "loss_floor",
     "mean_image_loss",
     "mig",
     "model_ces",
     "model_specificity",
+    "polysemanticity",
     "posterior_scale_from",
     "reconstruction_loss",
     "reconstruction_report",

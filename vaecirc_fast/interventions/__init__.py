@@ -5,4 +5,16 @@ from .inputs import InputEffects, factor_pairs, input_effects, mask_region, nois
 from .latents import latent_sweep, posterior_scale
 from .sites import Wrapped, wrap
 
-__all__ = ["Effects", "Wrapped", "latent_sweep", "posterior_scale", "wrap"]
+__all__ = [
+    "Effects",
+    "InputEffects",
+    "Wrapped",
+    "factor_pairs",
+    "input_effects",
+    "latent_sweep",
+    "mask_region",
+    "noise_region",
+    "posterior_scale",
+    "redraw_columns",
+    "wrap",
+]

@@ -1,0 +1,290 @@
+"""The figures of the page: what each shows of which runs, and its caption."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+
+from ..interventions import Effects
+from ..metrics.statistics import resampled_interval
+from . import charts, pictures, svg
+from .aggregate import Group
+from .charts import COLOURS, Bar, Curve, Dots
+from .results import Run
+from .words import metric_name, number
+
+NAMED = 5  # the strongest latents, which get a colour, a band and a name in the step curves
+GREY = "#8a8a8a"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing with its title; `mark` warns beside it; without a drawing, `missing` says why."""
+
+    title: str
+    drawing: str = ""
+    mark: str = ""
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`panels` above a `title` and `caption`; `legend`: (colour, words); `extra`: a drawing after the panels."""
+
+    key: str
+    title: str
+    caption: Markup
+    panels: tuple[Panel, ...]
+    legend: tuple[tuple[str, str], ...] = ()
+    extra: str = ""
+
+
+def against_untrained(groups: Sequence[Group], definitions: Mapping[str, tuple[str, str]]) -> Figure:
+    """Every metric of every group beside its untrained control."""
+    panels = []
+    for name, (unit, _) in definitions.items():
+        rows, last = [], ""
+        for group in groups:
+            cell = group.cells.get(name)
+            if cell is None:
+                continue
+            values = [value for _, value in cell.values if value is not None]
+            heading = group.data if group.data != last else ""
+            rows.append(Dots(group.label, cell.estimate, cell.control, values, heading))
+            last = group.data
+        label = unit or "dimensionless"
+        panels.append(Panel(metric_name(name), charts.dots(rows, label, f"{metric_name(name)}, trained and untrained")))
+    caption = Markup(
+        "Filled: mean over the trained seeds. Hollow: the same networks before training, judged on the same images. "
+        "Upright strokes: single seeds. Whiskers: 95&nbsp;% intervals over seeds, as in Table&nbsp;1; one that leaves "
+        "the axis is cut and ends in an arrow."
+    )
+    return Figure("trained-untrained", "Trained networks against their untrained controls.", caption, tuple(panels))
+
+
+def training_curves(groups: Sequence[Group]) -> Figure:
+    """The loss terms of the logged steps, a line a run."""
+    colours = _colours(groups)
+    panels = []
+    for data, members in _by_data(groups):
+        rows = [row for group in members for run in group.runs for row in run.result["history"]]
+        terms = [t for t in ("reconstruction", "kl") if all(t in row for row in rows)] or ["loss"]
+        for term in terms:
+            drawn = []
+            for group, run in ((g, r) for g in members for r in g.runs):
+                history = [row for row in run.result["history"] if row.get(term) is not None]
+                if len(history) > 1:
+                    x, y = [row["step"] for row in history], [row[term] for row in history]
+                    drawn.append(Curve(x, y, colours[group.label], dash=None if run.trained else "4 3"))
+            name = {"kl": "Kullback–Leibler divergence", "reconstruction": "reconstruction loss"}.get(term, term)
+            title = f"{data}: {name}"
+            if drawn:
+                log = term != "kl"
+                unit = "nats per image" + (" (logarithmic)" if log else "")
+                panels.append(Panel(title, charts.curves(drawn, "training step", unit, title, log=log)))
+            else:
+                panels.append(Panel(title, missing="Too few logged steps for a curve."))
+    dashed = any(not run.trained for group in groups for run in group.runs)
+    caption = Markup(
+        "Terms of the training loss on the batch of each logged step, one line a seed: single batches, not averages. "
+        "The divergence is shown before its factor β."
+    ) + (" Dashed: runs that ended not trained." if dashed else "")
+    legend = tuple((colours[label], label) for label in dict.fromkeys(group.label for group in groups))
+    return Figure("training", "Training.", caption, tuple(panels), legend)
+
+
+def reconstructions(data: str, groups: Sequence[Group]) -> Figure:
+    def draw(run: Run) -> str:
+        found = run.pictures()
+        assert found is not None
+        count = min(len(found["inputs"]), len(found["reconstructions"]))
+        rows = np.stack([found[name][:count].numpy() for name in ("inputs", "reconstructions")])
+        return pictures.image_rows(rows, ["input", "output"], f"{data}: inputs above their reconstructions")
+
+    caption = Markup(
+        "Evaluation images above their reconstructions from the posterior mean; shade is the pixel's probability or "
+        "mean, from 0 (black) to 1 (white)."
+    )
+    panels = _panels(groups, draw, "pictures.safetensors")
+    return Figure(f"reconstructions-{_slug(data)}", f"{data}: reconstructions.", caption, panels)
+
+
+def traversals(data: str, groups: Sequence[Group]) -> Figure:
+    def draw(run: Run) -> str:
+        found = run.pictures()
+        assert found is not None
+        rows = found["traversals"].numpy()
+        latents = len(run.result["latents"])
+        rows = rows.reshape(latents, -1, *rows.shape[1:])
+        t = np.linspace(-2, 2, rows.shape[1])
+        order = _order(run)
+        labels = [f"z{_subscript(row['latent'])} {'' if row['active'] else 'inactive'}".strip() for row in order]
+        places = 0 if np.allclose(t, t.round()) else 1
+        heads = ["t = 0" if abs(v) < 1e-9 else number(float(v), places) for v in t]
+        chosen = np.stack([rows[row["latent"]] for row in order])
+        faint = [not row["active"] for row in order]
+        return pictures.image_rows(chosen, labels, f"{data}: traversals of the latents", faint=faint, heads=heads)
+
+    caption = Markup(
+        "Decodings of do(<i>z<sub>i</sub></i> := <i>μ<sub>i</sub></i> + <i>t s<sub>i</sub></i>), all else at the "
+        "posterior mean of the first image above. Rows: latents from the greatest posterior CES to the least; inactive "
+        "ones in grey. Columns: <i>t</i> in posterior standard deviations."
+    )
+    panels = _panels(groups, draw, "pictures.safetensors")
+    return Figure(f"traversals-{_slug(data)}", f"{data}: traversals of the latents.", caption, panels)
+
+
+def strengths(data: str, groups: Sequence[Group]) -> Figure:
+    rows = [row for group in groups for row in group.shown.result["latents"]]
+    ends = [row.get(key) or 0.0 for row in rows for key in ("ces_posterior", "ces_posterior_high")]
+    top = svg.rounded_up(max(ends, default=1.0))
+
+    def draw(run: Run) -> str:
+        drawn = [
+            Bar(
+                f"z{_subscript(row['latent'])}",
+                row.get("ces_posterior") or 0.0,
+                row.get("ces_posterior_low"),
+                row.get("ces_posterior_high"),
+                row["active"],
+            )
+            for row in _order(run)
+        ]
+        return charts.bars(drawn, "intensity per posterior sd", f"{data}: posterior CES of each latent", top)
+
+    caption = Markup(
+        "Posterior CES of each latent with its 95&nbsp;% interval, which resamples the swept images of this one run. "
+        "Filled: active latents. Hollow: inactive ones. The numbers are in the tables below."
+    )
+    return Figure(f"ces-{_slug(data)}", f"{data}: causal effect strength.", caption, _panels(groups, draw))
+
+
+def step_curves(data: str, groups: Sequence[Group]) -> Figure:
+    """Effect against step on the fixed and the posterior grid, for every latent of the shown run."""
+    panels = []
+    found = {(id(g), grid): g.shown.effects(grid) for g in groups for grid in ("fixed", "posterior")}
+    means = {key: _whole(effects) for key, effects in found.items() if effects}
+    for group in groups:
+        order = [row["latent"] for row in _order(group.shown)]
+        for grid, x_label in (("fixed", "step δ, units of z"), ("posterior", "step t, posterior sd")):
+            title = f"{group.label}: {'raw' if grid == 'fixed' else 'posterior'} steps"
+            effects = found[id(group), grid]
+            if effects is None:
+                panels.append(Panel(title, missing=f"effects-{grid}.safetensors cannot be read."))
+                continue
+            top = max(float(values.max()) for (_, other), values in means.items() if other == grid)
+            drawn = _step_lines(effects, means[id(group), grid], order)
+            drawing = charts.curves(drawn, x_label, "mean |Δy|, intensity", f"{data}, {title}", top=top)
+            panels.append(Panel(title, drawing, _mark(group.shown)))
+    caption = Markup(
+        f"Mean absolute change of the output under do(<i>z<sub>i</sub></i> := <i>μ<sub>i</sub></i> + step), averaged "
+        f"over pixels and swept images. The {NAMED} latents of greatest posterior CES in colour, with 95&nbsp;% "
+        "bootstrap bands over images; the others in grey. A step of zero changes nothing by definition. "
+        "CES is the mean of height over |step|: a straight line would mean an effect proportional to the step."
+    )
+    return Figure(f"steps-{_slug(data)}", f"{data}: effect against step.", caption, tuple(panels))
+
+
+def _step_lines(effects: Effects, mean: np.ndarray, order: Sequence[int]) -> list[Curve]:
+    steps = [float(step) for step in effects.coords["step"]]
+    at = next((n for n, step in enumerate(steps) if step > 0), len(steps))
+    x = [*steps[:at], 0.0, *steps[at:]]
+    lines = []
+    for rank, i in enumerate(order):
+        y = [float(v) for v in mean[i]]
+        bounds = None
+        if rank < NAMED and effects.step_replicates is not None:
+            draws = effects.step_replicates[:, i].double().numpy()
+            bounds = [resampled_interval(v, draws[:, s], effects.samples) for s, v in enumerate(y)]
+            bounds = [*bounds[:at], (0.0, 0.0), *bounds[at:]] if np.isfinite(bounds).all() else None
+        low, high = zip(*bounds, strict=True) if bounds else (None, None)
+        named = rank < NAMED
+        name, colour = (f"z{_subscript(i)}", COLOURS[rank]) if named else ("", GREY)
+        lines.append(Curve(x, [*y[:at], 0.0, *y[at:]], colour, low, high, name, faint=not named))
+    return lines
+
+
+def effect_maps(data: str, groups: Sequence[Group]) -> Figure:
+    """Where in the image each latent acts: the step-normalised effect of every cell."""
+    found = {id(group): _cell_maps(effects) for group in groups if (effects := group.shown.effects("posterior"))}
+    top = max((float(values.max()) for values in found.values()), default=0.0) or 1.0
+
+    def draw(run: Run) -> str:
+        values = found[next(id(group) for group in groups if group.shown is run)]
+        order = _order(run)
+        labels = [f"z{_subscript(row['latent'])}{'' if row['active'] else ' inactive'}" for row in order]
+        faint = [not row["active"] for row in order]
+        chosen = values[[row["latent"] for row in order]]
+        return pictures.maps(chosen, labels, faint, top, f"{data}: effect of each latent on the cells of the image")
+
+    caption = Markup(
+        "Effect of each latent on each cell of an 8 × 8 mosaic over the image: mean |Δ<i>y</i>|/|<i>t</i>| on the "
+        "posterior grid, averaged over the cell's pixels and the swept images; from the greatest posterior CES to the "
+        "least. One scale for all maps of the data set. Specificity says how unevenly a map is spread over its cells."
+    )
+    scale = svg.Scale(0, top, 0, 1)
+    ticks = scale.ticks(4)
+    bar = pictures.shade_bar(top, ticks, svg.tick_labels(ticks), "intensity per posterior sd") if found else ""
+    panels = _panels(groups, draw, "effects-posterior.safetensors")
+    return Figure(f"maps-{_slug(data)}", f"{data}: where in the image each latent acts.", caption, panels, extra=bar)
+
+
+def _whole(effects: Effects) -> np.ndarray:
+    """(latent, step) effects on the whole output, averaged over samples."""
+    return (effects.mean().double() @ effects.group_weights.double()).numpy()
+
+
+def _cell_maps(effects: Effects) -> np.ndarray:
+    """(latent, rows, columns) step-normalised effects on the image cells; groups that are no cells make one row."""
+    values = effects.step_normalised().double()
+    values = (values.mean(0) if effects.dims[0] == "sample" else values).numpy()
+    cells = [re.fullmatch(r"cell (\d+),(\d+)", str(name)) for name in effects.coords["group"]]
+    shape = (1, values.shape[1])
+    if all(cells) and cells[-1]:
+        shape = (int(cells[-1][1]) + 1, int(cells[-1][2]) + 1)
+    return values.reshape(len(values), *(shape if shape[0] * shape[1] == values.shape[1] else (1, -1)))
+
+
+def _panels(groups: Sequence[Group], draw: Callable[[Run], str], file: str = "") -> tuple[Panel, ...]:
+    """A panel a group, of its shown run."""
+    panels = []
+    for group in groups:
+        run = group.shown
+        title = f"{group.label}, seed {run.seed}"
+        if file in run.unreadable:
+            panels.append(Panel(title, mark=_mark(run), missing=f"{file} of {run.path.name} cannot be read."))
+        else:
+            panels.append(Panel(title, draw(run), _mark(run)))
+    return tuple(panels)
+
+
+def _mark(run: Run) -> str:
+    return "" if run.trained else "not trained"
+
+
+def _order(run: Run) -> list[Mapping]:
+    """The rows of the run's latents, from the greatest posterior CES to the least."""
+    return sorted(run.result["latents"], key=lambda row: -(row.get("ces_posterior") or 0.0))
+
+
+def _colours(groups: Sequence[Group]) -> dict[str, str]:
+    labels = dict.fromkeys(group.label for group in groups)
+    return dict(zip(labels, itertools.cycle(COLOURS), strict=False))
+
+
+def _by_data(groups: Sequence[Group]) -> Iterator[tuple[str, list[Group]]]:
+    for data, members in itertools.groupby(groups, key=lambda group: group.data):
+        yield data, list(members)
+
+
+def _subscript(n: int) -> str:
+    return str(n).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
+
+
+def _slug(words: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")

@@ -1,0 +1,201 @@
+"""The page: one HTML file that holds its style, tables and figures and loads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from markupsafe import Markup
+
+from .._files import write_text
+from . import figures
+from .aggregate import Group, definitions, groups
+from .figures import Figure
+from .results import Study, read
+from .tables import ROWS, LatentTable, Places, latent_table, machines, main_blocks, run_rows, settings
+from .words import counted, decimals, listed, metric_name, number, plain, typeset
+
+LIMIT = 2_700_000  # characters of figures and tables of latents, which leaves the rest of 3 MB to text and runs
+
+# arXiv 2505.03530, first version, from its public text: disentanglement and effect, on that paper's own scale.
+YARDSTICKS = {"vae": ("VAE", ".064", "3.99"), "beta_vae": ("β-VAE", ".051", "3.43")}
+
+
+def write(directory: Path) -> Path:
+    """Write directory/report.html and return its path; see `vaecirc_fast.report.write`."""
+    file = directory / "report.html"
+    write_text(file, render(read(directory)))
+    return file
+
+
+def render(study: Study) -> str:
+    """The page of a study."""
+    import jinja2
+
+    here = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(here),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found = groups(study.runs)
+    metrics = definitions(study.runs)
+    places = Places(found)
+    shared = [name for name in metrics if any(name in run.result["replicates"] for run in study.runs if run.trained)]
+    data = list(dict.fromkeys(group.data for group in found))
+    sections, tables, left_out = _detail(found, metrics)
+    return environment.get_template("page.html").render(
+        style=Markup((here / "page.css").read_text(encoding="utf-8")),
+        title=f"Causal effects of latents: {listed(data)}",
+        abstract=abstract(study, found, places),
+        notes=_notes(study, left_out),
+        settings=settings(study.runs),
+        machines=machines(study.runs),
+        metrics=[
+            (letter, metric_name(name), unit or "dimensionless", typeset(text))
+            for letter, (name, (unit, text)) in zip(_letters(), metrics.items(), strict=False)
+        ],
+        blocks=main_blocks(found, metrics, places),
+        hierarchical=[metric_name(name) for name in shared],
+        resampled=_resampled(study),
+        runs=run_rows(found, metrics, places),
+        more_runs=max(0, len(study.runs) - ROWS),
+        sections=sections,
+        latents=tables,
+        single=any(len(group.trained) == 1 for group in found),
+        yardsticks=[
+            YARDSTICKS[name]
+            for name in dict.fromkeys(r.config["architecture"] for r in study.runs)
+            if name in YARDSTICKS
+        ],
+    )
+
+
+def abstract(study: Study, found: Sequence[Group], places: Places) -> list[str]:
+    """What was done and found, in sentences made from the runs."""
+    runs = study.runs
+    models = listed(dict.fromkeys(group.label for group in found))
+    data = listed(dict.fromkeys(group.data for group in found))
+    steps = " or ".join(dict.fromkeys(plain(run.config.get("steps")) for run in runs))
+    batch = " or ".join(dict.fromkeys(plain(run.config.get("batch_size")) for run in runs))
+    judged, swept = _sizes(study)
+    sentences = [
+        f"{counted(len(runs), 'autoencoder').capitalize()} ({models} on {data}; "
+        f"{counted(len({run.seed for run in runs}), 'seed')}) "
+        f"{'was' if len(runs) == 1 else 'were'} trained for {steps} steps of {batch} images, judged on {judged} "
+        f"images, and swept latent by latent on {swept} of them: each latent was set to other values, everything else "
+        "kept, and the change of the decoded image measured."
+    ]
+    good = [run for run in runs if run.trained]
+    bad = [run.path.name for run in runs if not run.trained]
+    rule = "its reconstruction error is at most half of the mean image's and at least three latents are active"
+    if not bad:
+        whole = "It counts" if len(runs) == 1 else "Both count" if len(runs) == 2 else f"All {len(runs)} count"
+        sentences.append(f"{whole} as trained: {rule}." if len(runs) == 1 else f"{whole} as trained (of each, {rule}).")
+    elif good:
+        sentences.append(
+            f"{len(good)} of {len(runs)} count as trained (of each, {rule}). Not trained, marked below and part of no "
+            f"aggregate: {listed(bad)}."
+        )
+    else:
+        sentences.append(
+            f"None counts as trained (of each, {rule}), so there is no aggregate; what follows shows single runs, "
+            "each so marked."
+        )
+    return sentences + _strengths(found, places)
+
+
+def _strengths(found: Sequence[Group], places: Places) -> list[str]:
+    """Posterior CES of the trained groups against their controls."""
+    name = "ces_posterior"
+    measured = [(group, cell) for group in found if (cell := group.cells.get(name)) and cell.estimate and cell.control]
+    if not measured:
+        return []
+
+    def shown(group: Group, value: float) -> str:
+        return number(value, places.mean(group.data, name))
+
+    ranked = sorted(measured, key=lambda pair: pair[1].estimate.value)
+    (least, low), (most, high) = ranked[0], ranked[-1]
+    where = [f"{shown(g, c.estimate.value)} ({g.data}, {g.label})" for g, c in ((least, low), (most, high))]
+    span = where[0] if len(measured) == 1 else f"from {where[0]} to {where[1]}"
+    ratios = [c.estimate.value / c.control.value for _, c in measured if c.control.value > 0]
+    against = ""
+    if ratios:
+        p = decimals([min(ratios)], 2)
+        ends = [number(min(ratios), p), number(max(ratios), p)]
+        against = f", {ends[0] if ends[0] == ends[1] else ' to '.join(ends)} times that of the untrained networks"
+    sentences = [f"Posterior CES, the mean over all latents, is {span} intensity per posterior sd{against}."]
+    bounded = [c for _, c in measured if c.side != "unknown"]
+    if bounded:
+        clear = sum(c.side == "above" for c in bounded)
+        sentences.append(
+            f"Its 95 % interval over seeds lies wholly above the control's in {clear} of {len(bounded)} "
+            f"{'configuration' if len(bounded) == 1 else 'configurations'}."
+        )
+    if min(len(group.trained) for group, _ in measured) < 4:
+        sentences.append(
+            "With so few seeds an interval over seeds is wide, and a difference that does not clear it is open."
+        )
+    return sentences
+
+
+def _sizes(study: Study) -> tuple[str, str]:
+    """How many images models were judged and swept on, in words."""
+    judged = {run.result["metrics"].get("reconstruction", {}).get("n") for run in study.runs}
+    swept = {run.result["metrics"].get("ces_posterior", {}).get("n") for run in study.runs}
+    return tuple(" or ".join(plain(n) for n in sorted(found - {None})) or "some" for found in (judged, swept))  # pyright: ignore[reportReturnType]
+
+
+def _resampled(study: Study) -> str:
+    judged, swept = _sizes(study)
+    return f"{judged} images for reconstruction and MIG, the {swept} swept ones for CES and specificity"
+
+
+def _notes(study: Study, left_out: int) -> list[str]:
+    notes = [*study.notes, *(f"{run.path.name}: {note}" for run in study.runs for note in run.notes)]
+    if left_out:
+        notes.append(
+            f"{counted(left_out, 'figure').capitalize()} left out to keep this page below 3 MB; the files that "
+            "they are drawn from are in the runs' directories."
+        )
+    return notes
+
+
+def _detail(
+    found: Sequence[Group], metrics: Mapping[str, tuple[str, str]]
+) -> tuple[dict[str, list[tuple[int, Figure]]], list[LatentTable], int]:
+    """The figures by section, numbered, as many as fit; the tables of latents; how many figures do not fit."""
+    by_data = {data: [group for group in found if group.data == data] for data in dict.fromkeys(g.data for g in found)}
+    makers = [
+        ("results", lambda: figures.against_untrained(found, metrics)),
+        ("training", lambda: figures.training_curves(found)),
+        *(("pictures", lambda a=a, g=g: figures.reconstructions(a, g)) for a, g in by_data.items()),
+        *(("pictures", lambda a=a, g=g: figures.traversals(a, g)) for a, g in by_data.items()),
+        *(("effects", lambda a=a, g=g: figures.strengths(a, g)) for a, g in by_data.items()),
+        *(("effects", lambda a=a, g=g: figures.step_curves(a, g)) for a, g in by_data.items()),
+        *(("effects", lambda a=a, g=g: figures.effect_maps(a, g)) for a, g in by_data.items()),
+    ]
+    sections: dict[str, list[tuple[int, Figure]]] = {"results": [], "training": [], "pictures": [], "effects": []}
+    size = count = left_out = 0
+    tables = []
+    for group in found:
+        table = latent_table(group)
+        size += 700 * len(table.rows)  # what a row takes as HTML, about
+        if size < LIMIT / 3:
+            tables.append(table)
+    for section, make in makers:
+        figure = make()
+        weight = sum(len(panel.drawing.encode()) for panel in figure.panels)
+        if size + weight > LIMIT:
+            left_out += 1
+            continue
+        size, count = size + weight, count + 1
+        sections[section].append((count, figure))
+    return sections, tables, left_out
+
+
+def _letters() -> Iterator[str]:
+    yield from "abcdefghijklmnopqrstuvwxyz"

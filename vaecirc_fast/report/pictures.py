@@ -1,0 +1,102 @@
+"""The picture figures of the page: reconstructions, traversals and maps of effects, as PNGs labelled in SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .svg import CHARACTER, picture, png, sequential_palette, tag, text
+
+PALETTE = sequential_palette()
+
+
+def sheet(images: np.ndarray) -> tuple[np.ndarray, int]:
+    """Images (rows, columns, C, H, W) uint8 side by side with thin white gaps: (H', W') grey or (H', W', 3), and the
+    width of a gap.
+    """
+    rows, columns, channels, height, width = images.shape
+    gap = max(1, width // 16)
+    page = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8)
+    for r in range(rows):
+        for c in range(columns):
+            y, x = r * (height + gap), c * (width + gap)
+            page[y : y + height, x : x + width] = images[r, c].transpose(1, 2, 0)
+    return (page[..., 0] if channels == 1 else page), gap
+
+
+def image_rows(
+    images: np.ndarray, labels: Sequence[str], what: str, *, faint: Sequence[bool] = (), heads: Sequence[str] = ()
+) -> str:
+    """Rows of images (rows, columns, C, H, W) uint8, a label before each row and a head above each column."""
+    rows, columns = images.shape[:2]
+    pixels, gap = sheet(images)
+    left = 12 + CHARACTER * max(len(label) for label in labels)
+    side = min(42.0, (400 - left) / columns)  # a picture and its gap
+    shape = pixels.shape[0] + gap, pixels.shape[1] + gap
+    pitch = side * shape[0] / shape[1] * columns / rows
+    top = 16.0 if heads else 2.0
+    scale = side * columns / shape[1]
+    parts = [
+        tag(
+            "image",
+            href=png(pixels),
+            x=left,
+            y=top,
+            width=pixels.shape[1] * scale,
+            height=pixels.shape[0] * scale,
+            preserveAspectRatio="none",
+            cls="pixels",
+        )
+    ]
+    inner = side - gap * scale
+    for c, head in enumerate(heads):
+        parts.append(text(left + side * c + inner / 2, 11, head, "middle", "tick"))
+    for r, label in enumerate(labels):
+        cls = "label faint" if r < len(faint) and faint[r] else "label"
+        parts.append(text(0, top + pitch * r + inner / 2 + 4, label, cls=cls))
+    return picture("".join(parts), left + side * columns, top + pitch * rows, what)
+
+
+def maps(values: np.ndarray, labels: Sequence[str], faint: Sequence[bool], top: float, what: str) -> str:
+    """Maps (n, rows, columns) of effects as shades from white, 0, to dark blue, `top`; a label under each."""
+    count, rows, columns = values.shape
+    across, side = 5, 66.0
+    height = side * rows / columns
+    shades = (np.clip(values / top, 0, 1) * 255).round().astype(np.uint8)
+    parts = []
+    for n in range(count):
+        x, y = (n % across) * (side + 10) + 0.5, (n // across) * (height + 22) + 0.5
+        parts.append(
+            tag(
+                "image",
+                href=png(shades[n], PALETTE),
+                x=x,
+                y=y,
+                width=side,
+                height=height,
+                preserveAspectRatio="none",
+                cls="pixels",
+            )
+        )
+        parts.append(tag("rect", x=x, y=y, width=side, height=height, cls="frame"))
+        cls = "tick faint" if faint[n] else "tick"
+        parts.append(text(x + side / 2, y + height + 13, labels[n], "middle", cls))
+    lines = -(-count // across)
+    return picture("".join(parts), across * (side + 10) - 9, lines * (height + 22), what)
+
+
+def shade_bar(top: float, ticks: Sequence[float], labels: Sequence[str], unit: str) -> str:
+    """The colour bar of `maps`, 0 to `top`, with its unit."""
+    left, width = 8.0, 240.0
+    ramp = np.arange(256, dtype=np.uint8)[None]
+    parts = [
+        text(left, 11, unit, cls="label"),
+        tag("image", href=png(ramp, PALETTE), x=left, y=18.0, width=width, height=11.0, preserveAspectRatio="none"),
+        tag("rect", x=left, y=18.0, width=width, height=11.0, cls="frame"),
+    ]
+    for tick, label in zip(ticks, labels, strict=True):
+        x = left + width * tick / top
+        parts.append(tag("line", x1=x, y1=29.0, x2=x, y2=32.0, cls="axis"))
+        parts.append(text(x, 43, label, "middle", "tick"))
+    return picture("".join(parts), 320, 48, f"Colour scale from 0 to {labels[-1] if labels else top}: {unit}")

@@ -1,0 +1,42 @@
+"""The main table for a terminal: one line a metric, trained and untrained side by side, in 80 columns."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from .aggregate import definitions, groups
+from .results import read
+from .tables import Places, main_blocks
+from .words import metric_name
+
+
+def main_table(directory: Path) -> str:
+    """Every configuration over its trained seeds as plain text; see `vaecirc_fast.report.table`."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    study = read(directory)
+    found = groups(study.runs)
+    metrics = definitions(study.runs)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("", no_wrap=True)
+    for head in ("trained", "95 % interval", "untrained", "95 % interval"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for block in main_blocks(found, metrics, Places(found)):
+        table.add_section()
+        table.add_row(f"{block.data}, {block.label}", block.count, style="bold")
+        if not block.seeds:
+            continue
+        for name, estimate, control in zip(metrics, block.estimates, block.controls, strict=True):
+            value = f"{estimate.mark} {estimate.value}".strip()
+            table.add_row(f"  {metric_name(name)}", value, estimate.interval, control.value, control.interval)
+    out = io.StringIO()
+    Console(file=out, width=100, highlight=False, color_system=None).print(table)
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    notes = ["Means over trained seeds, intervals over seeds. ▲ ▼: interval wholly above or below the control's."]
+    bad = [run.path.name for run in study.runs if not run.trained]
+    if bad:
+        notes.append(f"Not trained, in no mean: {', '.join(bad)}.")
+    return "\n".join([*lines, "", *notes]) + "\n"

@@ -1,0 +1,179 @@
+"""Reads the finished runs of a study: checked results, and the effects and pictures that go with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._files import read_json
+from ..errors import InputError
+from ..interventions import Effects
+from ..sweeps import RunStore
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GRIDS = ("fixed", "posterior", "resample")
+PICTURES = ("inputs", "reconstructions", "traversals")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run: its directory, its checked `result`, and `notes`: what of its files cannot be shown and why."""
+
+    path: Path
+    result: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    unreadable: frozenset[str] = field(default=frozenset(), repr=False)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.result["config"]
+
+    @property
+    def trained(self) -> bool:
+        return self.result["trained"]
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    def effects(self, grid: str) -> Effects | None:
+        """The sweep on one grid, or None where its file is noted as missing or damaged."""
+        name = f"effects-{grid}.safetensors"
+        return None if name in self.unreadable else Effects.load(self.path / name)
+
+    def pictures(self) -> dict[str, Tensor] | None:
+        """Images (n, C, H, W) uint8 by name, or None where the file is noted as missing or damaged."""
+        name = "pictures.safetensors"
+        return None if name in self.unreadable else _load_pictures(self.path / name, len(self.result["latents"]))
+
+
+@dataclass(frozen=True)
+class Study:
+    """The finished runs in `directory`, by name; `latest`: the names in its last call, None if unknown; `notes`."""
+
+    directory: Path
+    runs: tuple[Run, ...]
+    latest: tuple[str, ...] | None
+    notes: tuple[str, ...]
+
+
+def read(directory: Path) -> Study:
+    """Every finished run in `directory`.
+
+    InputError for no such directory, no finished run, or a config.json or result.json that is damaged, by its name.
+    """
+    if not directory.is_dir():
+        raise InputError(f"report: {directory} is no directory; give the --out of a study")
+    runs = [_checked_run(path, result) for path, result in RunStore(directory).results()]
+    if not runs:
+        raise InputError(f"report: no finished run in {directory}; `vaecirc study image --out {directory}` makes some")
+    latest, notes = _latest(directory / "study.json")
+    if latest is not None:
+        missing = [name for name in latest if name not in {run.path.name for run in runs}]
+        if missing:
+            notes.append(f"Not finished, and so not in this report: {', '.join(missing)}.")
+        earlier = [run.path.name for run in runs if run.path.name not in latest]
+        if earlier:
+            notes.append(f"Left by earlier calls of the study in this directory: {', '.join(earlier)}.")
+    order = {name: n for n, name in enumerate(latest or ())}
+    runs.sort(key=lambda run: (order.get(run.path.name, len(order)), run.path.name))
+    return Study(directory, tuple(runs), latest, tuple(notes))
+
+
+def _latest(file: Path) -> tuple[tuple[str, ...] | None, list[str]]:
+    """The runs that study.json lists; a page can do without them, so a damaged one is a note."""
+    if not file.exists():
+        return None, []
+    try:
+        names = read_json(file)["runs"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError("runs is no list of names")
+    except (InputError, KeyError, TypeError) as error:
+        return None, [f"study.json cannot be read ({type(error).__name__}): the runs of the latest call are unknown."]
+    return tuple(names), []
+
+
+def _checked_run(path: Path, result: dict[str, Any]) -> Run:
+    try:
+        _check(result)
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        file = path / "result.json"
+        raise InputError(
+            f"{file} is not a result of this study ({what}); delete it to measure the run again"
+        ) from error
+    problems = {}
+    for grid in GRIDS:
+        name = f"effects-{grid}.safetensors"
+        problems[name] = _problem(lambda file: _check_effects(Effects.load(file), result), path / name)
+    name = "pictures.safetensors"
+    problems[name] = _problem(lambda file: _load_pictures(file, len(result["latents"])), path / name)
+    problems = {name: why for name, why in problems.items() if why}
+    notes = tuple(f"{name} {why}: what is drawn from it is left out." for name, why in problems.items())
+    return Run(path, result, notes, frozenset(problems))
+
+
+def _check(result: dict[str, Any]) -> None:
+    """KeyError, TypeError or ValueError where the result lacks something that every table needs."""
+    if not isinstance(result["trained"], bool):
+        raise TypeError("trained is neither true nor false")
+    for key in ("data", "architecture", "seed"):
+        result["config"][key]
+    for metrics in (result["metrics"], result["control"]["untrained"]):
+        for name in result["definitions"]:
+            for key in ("value", "low", "high"):
+                number = metrics[name][key]
+                if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+                    raise TypeError(f"{name} is no number: {number!r}")
+    for draws in result["replicates"].values():
+        if not all(isinstance(draw, int | float) and math.isfinite(draw) for draw in draws):
+            raise ValueError("replicates are not all numbers")
+    for row in result["latents"]:
+        row["latent"], row["active"]
+    for row in result["history"]:
+        row["step"]
+
+
+def _problem(load: Any, file: Path) -> str:
+    """Why `file` cannot be shown, in a few words, or nothing."""
+    if not file.exists():
+        return "is missing"
+    try:
+        load(file)
+    except (InputError, OSError) as error:
+        return f"is damaged ({type(error.__cause__ or error).__name__})"
+    except ValueError as error:
+        return f"is damaged ({error})"
+    return ""
+
+
+def _check_effects(effects: Effects, result: dict[str, Any]) -> None:
+    latents = len(result["latents"])
+    mean = effects.mean()
+    if mean.ndim != 3 or mean.shape[0] != latents or mean.shape[2] != effects.group_weights.numel():
+        raise ValueError(f"its tensor has shape {tuple(mean.shape)}, for {latents} latents")
+    if len(effects.coords["step"]) != mean.shape[1] or not mean.isfinite().all():
+        raise ValueError("its numbers do not fit together")
+
+
+def _load_pictures(file: Path, latents: int) -> dict[str, Tensor]:
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        pictures = load_file(file)
+        found = [pictures[name] for name in PICTURES]
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"{file}: not a readable file of pictures ({error})") from error
+    for images in found:
+        if images.ndim != 4 or images.dtype != torch.uint8 or images.shape[1] not in (1, 3) or not images.numel():
+            raise InputError(f"{file}: expected images (n, 1 or 3, H, W) uint8, got {tuple(images.shape)}")
+    if len({images.shape[1:] for images in found}) > 1 or len(found[2]) % max(latents, 1):
+        raise InputError(f"{file}: its pictures do not fit together")
+    return dict(zip(PICTURES, found, strict=True))

@@ -1,0 +1,266 @@
+"""The tables of the page: rows of cells that are ready to print."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..metrics.statistics import Estimate
+from .aggregate import Cell, Group
+from .results import GRIDS, Run
+from .words import NOTHING, counted, data_name, decimals, duration, interval, listed, model_name, number, plain
+
+SIDES = {"above": "▲", "below": "▼", "overlaps": "", "unknown": ""}
+ROWS = 500  # of the table of runs; beyond, the page would outgrow its limit
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A number, its interval, and a mark before the number."""
+
+    value: str
+    interval: str = ""
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One group in the main table: its estimates, its controls and each seed's values, all by metric."""
+
+    data: str
+    label: str
+    count: str
+    estimates: Sequence[Printed]
+    controls: Sequence[Printed]
+    seeds: str
+    values: Sequence[str]
+
+
+class Places:
+    """Decimals of each metric within a data set: three digits of its greatest value; counts keep one for their mean."""
+
+    def __init__(self, groups: Sequence[Group]):
+        self._found: dict[tuple[str, str], int] = {}
+        self._counts: set[tuple[str, str]] = set()
+        values: dict[tuple[str, str], list[Any]] = {}
+        for group in groups:
+            for run in group.runs:
+                for name in group.cells:
+                    values.setdefault((group.data, name), []).append(run.result["metrics"][name]["value"])
+        for key, found in values.items():
+            if all(isinstance(value, int) for value in found):
+                self._counts.add(key)
+            self._found[key] = 1 if key in self._counts else decimals(found)
+        self._controls = dict(self._found)
+        for group in groups:
+            for name, cell in group.cells.items():
+                if cell.control and (group.data, name) not in self._counts:
+                    places = min(decimals([cell.control.value], 2), self._found[group.data, name] + 4)
+                    self._controls[group.data, name] = max(self._controls[group.data, name], places)
+
+    def mean(self, data: str, name: str) -> int:
+        return self._found[data, name]
+
+    def control(self, data: str, name: str) -> int:
+        """Enough for two digits of the least control, which may be far below what training leads to."""
+        return self._controls[data, name]
+
+    def single(self, data: str, name: str) -> int:
+        return 0 if (data, name) in self._counts else self._found[data, name]
+
+
+def main_blocks(groups: Sequence[Group], names: Iterable[str], places: Places) -> list[Block]:
+    names = list(names)
+    blocks = []
+    for group in groups:
+        cells = [group.cells.get(name) for name in names]
+        means = [places.mean(group.data, name) if name in group.cells else 0 for name in names]
+        controls = [places.control(group.data, name) if name in group.cells else 0 for name in names]
+        singles = [places.single(group.data, name) if name in group.cells else 0 for name in names]
+        seeds = [run.seed for run in group.trained]
+        blocks.append(
+            Block(
+                group.data,
+                group.label,
+                _trained_count(group),
+                [_estimated(cell, p) for cell, p in zip(cells, means, strict=True)],
+                [_controlled(cell, p) for cell, p in zip(cells, controls, strict=True)],
+                f"seed{'s' if len(seeds) > 1 else ''} {_ranged(seeds)}" if seeds else "",
+                [_values(cell, p) for cell, p in zip(cells, singles, strict=True)],
+            )
+        )
+    return blocks
+
+
+def _trained_count(group: Group) -> str:
+    trained, all_ = len(group.trained), len(group.runs)
+    if trained == all_:
+        return counted(all_, "seed")
+    return "not trained" if not trained else f"{counted(trained, 'seed')}; {all_ - trained} more not trained"
+
+
+def _ranged(seeds: Sequence[int]) -> str:
+    """ "0, 1", or "0–9" for three and more in a row."""
+    if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))):
+        return f"{seeds[0]}–{seeds[-1]}"
+    return ", ".join(map(str, seeds))
+
+
+def _estimated(cell: Cell | None, places: int) -> Printed:
+    if cell is None or cell.estimate is None:
+        return Printed(NOTHING)
+    return Printed(number(cell.estimate.value, places), bracketed(cell.estimate, places), SIDES[cell.side])
+
+
+def _controlled(cell: Cell | None, places: int) -> Printed:
+    if cell is None or cell.control is None:
+        return Printed(NOTHING)
+    return Printed(number(cell.control.value, places), bracketed(cell.control, places))
+
+
+def bracketed(estimate: Estimate, places: int) -> str:
+    """The interval, or why there is none: one seed bounds nothing, and equal values have no spread to tell from."""
+    if math.isinf(estimate.low):
+        return "one seed"
+    if estimate.low == estimate.high:
+        return "no spread"
+    return interval(estimate.low, estimate.high, places)
+
+
+def _values(cell: Cell | None, places: int) -> str:
+    values = [value for _, value in cell.values] if cell else []
+    if len(values) > 8:
+        kept = [value for value in values if value is not None]
+        return f"{number(min(kept), places)} … {number(max(kept), places)}" if kept else NOTHING
+    return ", ".join(number(value, places) for value in values)
+
+
+@dataclass(frozen=True)
+class RunRow:
+    name: str
+    label: str
+    seed: int
+    trained: bool
+    cells: Sequence[Printed]
+    seconds: str
+
+
+def run_rows(groups: Sequence[Group], names: Iterable[str], places: Places) -> list[tuple[str, list[RunRow]]]:
+    """The runs of each data set, at most `ROWS` in all."""
+    names = list(names)
+    blocks: dict[str, list[RunRow]] = {}
+    for group, run in [(g, r) for g in groups for r in g.runs][:ROWS]:
+        cells = [_single(run.result["metrics"].get(name), places, group.data, name) for name in names]
+        seconds = run.result.get("timing", {}).get("training_seconds")
+        row = RunRow(
+            run.path.name, group.label, run.seed, run.trained, cells, NOTHING if seconds is None else duration(seconds)
+        )
+        blocks.setdefault(group.data, []).append(row)
+    return list(blocks.items())
+
+
+def _single(found: Mapping[str, Any] | None, places: Places, data: str, name: str) -> Printed:
+    if found is None:
+        return Printed(NOTHING)
+    p = places.single(data, name)
+    return Printed(number(found["value"], p), interval(found["low"], found["high"], p))
+
+
+@dataclass(frozen=True)
+class LatentTable:
+    """The latents of one run: `rows` of (name, active, cells)."""
+
+    title: str
+    mark: str
+    rows: Sequence[tuple[str, bool, Sequence[Printed]]]
+
+
+def latent_table(group: Group) -> LatentTable:
+    """Each latent of the shown run: share, scale, the three CES and specificity, with intervals over images."""
+    run = group.shown
+    ces = {grid: _ces(run, grid) for grid in GRIDS}
+    by_latent = {row["latent"]: row for row in run.result["latents"]}
+    columns: list[dict[int, tuple[float | None, float | None, float | None]]] = [
+        {i: (row.get("share"), None, None) for i, row in by_latent.items()},
+        {i: (row.get("scale"), None, None) for i, row in by_latent.items()},
+        ces["fixed"],
+        {i: _triple(row, "ces_posterior") for i, row in by_latent.items()},
+        ces["resample"],
+        {i: _triple(row, "specificity") for i, row in by_latent.items()},
+    ]
+    places = [decimals(v for v, _, _ in column.values()) for column in columns]
+    order = sorted(by_latent, key=lambda i: -(by_latent[i].get("ces_posterior") or 0.0))
+    rows = []
+    for i in order:
+        cells = []
+        for column, p in zip(columns, places, strict=True):
+            value, low, high = column.get(i, (None, None, None))
+            cells.append(Printed(number(value, p), interval(low, high, p)))
+        rows.append((str(i), bool(by_latent[i]["active"]), cells))
+    title = f"{group.data}, {group.label}, seed {run.seed}"
+    return LatentTable(title, "" if run.trained else "not trained", rows)
+
+
+def _triple(row: Mapping[str, Any], key: str) -> tuple[float | None, float | None, float | None]:
+    return row.get(key), row.get(f"{key}_low"), row.get(f"{key}_high")
+
+
+def _ces(run: Run, grid: str) -> dict[int, tuple[float | None, float | None, float | None]]:
+    effects = run.effects(grid)
+    if effects is None:
+        return {}
+    return {int(r["latent"]): (r["ces"], r["low"], r["high"]) for r in effects.ces().to_dict("records")}
+
+
+_SETTINGS = {
+    "latents": "latents",
+    "net": "network",
+    "steps": "training steps",
+    "batch_size": "images a step",
+    "lr": "learning rate (Adam)",
+    "precision": "precision",
+    "images": "images judged on, at most",
+    "sweep_images": "images swept",
+    "device": "device",
+    "official": "official data files",
+    "protocol": "protocol version",
+}
+
+
+def settings(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """What was configured: name and value, or the several values that runs have."""
+    configs = [run.config for run in runs]
+    seeds = sorted({run.seed for run in runs})
+    rows = [
+        ("data sets", listed(dict.fromkeys(data_name(c["data"]) for c in configs))),
+        ("architectures", listed(dict.fromkeys(model_name(c) for c in configs))),
+        ("seeds", _ranged(seeds)),
+    ]
+    known = {"study", "data", "architecture", "options", "seed"}
+    for key in dict.fromkeys(key for config in configs for key in config if key not in known):
+        values = dict.fromkeys(plain(config.get(key)) for config in configs)
+        rows.append((_SETTINGS.get(key, key.replace("_", " ")), " or ".join(values)))
+    return rows
+
+
+def machines(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Where it ran: versions, device, threads, and how long training took."""
+    names = {
+        "version": "vaecirc_fast",
+        "torch": "torch",
+        "device": "device",
+        "instruction_set": "instruction set",
+        "threads": "threads",
+    }
+    found = [run.result.get("machine", {}) for run in runs]
+    rows = []
+    for key in dict.fromkeys(key for machine in found for key in machine):
+        values = dict.fromkeys(plain(machine.get(key)) for machine in found)
+        rows.append((names.get(key, key.replace("_", " ")), " or ".join(values)))
+    times = [t for run in runs if (t := run.result.get("timing", {}).get("training_seconds")) is not None]
+    if times:
+        each = duration(min(times)) if len(times) == 1 else f"{duration(min(times))} to {duration(max(times))}"
+        rows.append(("training time", f"{each} a run, {duration(sum(times))} in all"))
+    return rows

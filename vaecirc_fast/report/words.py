@@ -1,0 +1,133 @@
+"""Numbers and names as a reader sees them: matching decimals, real minus signs, never a NaN."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from markupsafe import Markup, escape
+
+NOTHING = "–"
+
+# How a table heads its columns; a metric that is not here goes by its own name.
+METRICS = {
+    "reconstruction": "Reconstruction",
+    "active": "Active latents",
+    "mig": "MIG",
+    "ces_raw": "CES, raw",
+    "ces_posterior": "CES, posterior",
+    "ces_resample": "CES, resample",
+    "specificity": "Specificity (image cells)",
+}
+_MODELS = {"vae": "VAE", "beta_vae": "β-VAE"}
+_DATA = {"dsprites": "dSprites", "digits": "Digits"}
+_LETTERS = {"beta": "β", "gamma": "γ", "lambda": "λ"}
+
+
+def metric_name(name: str) -> str:
+    return METRICS.get(name, name.replace("_", " "))
+
+
+def data_name(name: str) -> str:
+    return _DATA.get(name, name)
+
+
+def model_name(config: Mapping[str, Any]) -> str:
+    """The architecture and its options: "β-VAE (β = 4)"."""
+    name = config["architecture"]
+    options = ", ".join(f"{_LETTERS.get(k, k)} = {plain(v)}" for k, v in config.get("options", {}).items())
+    return _MODELS.get(name, name.replace("_", " ")) + (f" ({options})" if options else "")
+
+
+def decimals(values: Iterable[float | None], digits: int = 3) -> int:
+    """Decimals that give the largest of `values` `digits` significant digits; one number of them for a whole column."""
+    largest = max((abs(v) for v in values if v is not None and math.isfinite(v)), default=0.0)
+    if largest == 0:
+        return digits - 1
+    return min(9, max(0, digits - 1 - math.floor(math.log10(largest))))
+
+
+def number(value: float | None, places: int) -> str:
+    """`value` with `places` decimals and a real minus sign; a dash for nothing, NaN or infinity."""
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    text = f"{value:,.{places}f}"
+    if float(text.replace(",", "")) == 0:
+        text = text.removeprefix("-")
+    return text.replace("-", "−")
+
+
+def interval(low: float | None, high: float | None, places: int) -> str:
+    """ "[low, high]", or nothing where either end is missing or infinite."""
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+        return ""
+    return f"[{number(low, places)}, {number(high, places)}]"
+
+
+def plain(value: Any) -> str:
+    """A setting as one writes it: 4.0 is 4, 10000 is 10,000, true is yes, nothing is a dash."""
+    if value is None or value == "" or value == () or value == []:
+        return NOTHING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:g}".replace("-", "−")
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_LETTERS.get(k, k)} = {plain(v)}" for k, v in value.items()) or NOTHING
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(v) for v in value)
+    return str(value)
+
+
+def duration(seconds: float) -> str:
+    """ "0.8 s", "34 s", "4 min 05 s", "2 h 10 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """ "one run", "12 runs"; small numbers as words."""
+    small = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+    word = small[count] if count < len(small) else f"{count:,}"
+    return f"{word} {noun if count == 1 else plural or noun + 's'}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    names = list(names)
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+
+
+_GREEK = {"mu": "μ", "sigma": "σ", "delta": "δ"}
+_SUBSCRIPTED = re.compile(r"\b(mu|sigma|delta|Var|E|[a-z])_([a-z])(\^2)?(?![a-z])")
+
+
+def typeset(definition: str) -> Markup:
+    """A definition in ASCII letters, as in "Var_x[mu_i] / s_i^2", with its letters set as mathematics."""
+    text = str(escape(definition))
+    text = _SUBSCRIPTED.sub(
+        lambda m: f"{_letter(m[1])}<sub>{m[2]}</sub>{'<sup>2</sup>' if m[3] else ''}",
+        text,
+    )
+    text = re.sub(r"\bdelta\b", "<i>δ</i>", text)
+    text = re.sub(r"\|dy\|", "|Δ<i>y</i>|", text)
+    text = re.sub(r"\|t\|", "|<i>t</i>|", text)
+    text = re.sub(r"(?<=[ ,])t(?= [=s<])", "<i>t</i>", text)
+    text = re.sub(r"\bH\(", "<i>H</i>(", text)
+    text = re.sub(r"\blog G\b", "log <i>G</i>", text)
+    text = re.sub(r"\bz\b", "<i>z</i>", text)
+    return Markup(text.replace(" - ", " − ").replace("+-", "±").replace("...", "…").replace(" := ", " := "))
+
+
+def _letter(name: str) -> str:
+    return name if name in ("Var", "E") else f"<i>{_GREEK.get(name, name)}</i>"

@@ -10,7 +10,7 @@ from training.blobs import Blobs
 
 from vaecirc_fast import models
 from vaecirc_fast.errors import InputError, TrainingDiverged
-from vaecirc_fast.models.tensor_files import read_tensors
+from vaecirc_fast._tensor_files import read_tensors
 from vaecirc_fast.training import fit, progress
 from vaecirc_fast.training.checkpoints import CHECKPOINT, MODEL
 from vaecirc_fast.training.schedules import learning_rate

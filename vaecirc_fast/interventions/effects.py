@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .._files import write_with
-from ..errors import InputError, MissingExtra
+from .._tensor_files import read_tensors, write_tensors
+from ..errors import MissingExtra
 from ..metrics import causal
 
 if TYPE_CHECKING:
@@ -76,25 +75,15 @@ class Effects:
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file, atomically."""
-        from safetensors.torch import save_file
-
         tensors = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
         facts = {name: getattr(self, name) for name in ("dims", "coords", "effect", "grid", "samples", "plan")}
-        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        write_with(Path(path), lambda file: save_file(tensors, file, metadata={"effects": json.dumps(facts)}))
+        write_tensors(Path(path), "effects", tensors, facts)
 
     @classmethod
     def load(cls, path: str | Path) -> Effects:
         """Read what `save` wrote; InputError names a damaged or foreign file."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {})["effects"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls(**tensors, **facts | {"dims": tuple(facts["dims"])})
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: not a readable effects file ({error}); delete it and measure again") from error
+        tensors, facts = read_tensors(Path(path), "effects", "delete it and measure again")
+        return cls(**tensors, **facts | {"dims": tuple(facts["dims"])})
 
 
 _TENSORS = ("tensor", "group_weights", "step_size", "replicates", "step_replicates")

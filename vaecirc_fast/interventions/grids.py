@@ -66,6 +66,8 @@ def make(grid: str | Tensor, z: Tensor, scale: Tensor | None, seed: int, draws: 
     samples, latents = z.shape
     if isinstance(grid, Tensor):
         return _explicit(grid, z)
+    if not isinstance(grid, str):
+        raise InputError(f"grid: expected a name or a tensor of shifts, got {type(grid).__name__}")
     if grid == "fixed":
         delta = symmetric(5, 0.6).to(z)
         return Grid("fixed", "delta", delta, shift=delta.expand(latents, -1), step_size=delta.abs().expand(latents, -1))
@@ -74,10 +76,11 @@ def make(grid: str | Tensor, z: Tensor, scale: Tensor | None, seed: int, draws: 
             raise InputError(
                 'scale: grid="posterior" needs the scale (L,) of each latent; vf.posterior_scale(model, x) gives it'
             )
-        if tuple(scale.shape) != (latents,) or not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
-            raise InputError(
-                f"scale: expected {latents} finite numbers >= 0, one a latent, got shape {tuple(scale.shape)}"
-            )
+        if not isinstance(scale, Tensor) or tuple(scale.shape) != (latents,):
+            given = f"shape {tuple(scale.shape)}" if isinstance(scale, Tensor) else type(scale).__name__
+            raise InputError(f"scale: expected a tensor ({latents},), one number a latent, got {given}")
+        if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
+            raise InputError(f"scale: expected finite numbers >= 0, got {scale.tolist()}")
         t = symmetric(4, 0.5).to(z)
         return Grid("posterior", "t", t, shift=scale.to(z)[:, None] * t, step_size=t.abs().expand(latents, -1))
     if grid == "resample":
@@ -91,8 +94,10 @@ def make(grid: str | Tensor, z: Tensor, scale: Tensor | None, seed: int, draws: 
         target = torch.empty(latents, draws)
         return Grid("resample", "draw", torch.arange(draws), target=target, donors=donors.to(z.device))
     if grid == "traverse":
-        levels = torch.tensor(TRAVERSE_QUANTILES).to(z)
-        return Grid("traverse", "quantile", levels, target=torch.quantile(z, levels, dim=0).T.contiguous())
+        at_least = torch.promote_types(z.dtype, torch.float32)  # quantile knows no 16-bit floats
+        levels = torch.tensor(TRAVERSE_QUANTILES, dtype=at_least, device=z.device)
+        target = torch.quantile(z.to(at_least), levels, dim=0).T.to(z.dtype).contiguous()
+        return Grid("traverse", "quantile", levels, target=target)
     raise InputError(f"grid: {grid!r} is unknown; known: {', '.join(NAMES)}, or a tensor of shifts (S,) or (L, S)")
 
 

@@ -74,7 +74,10 @@ def latent_sweep(
     Returns Effects with dims (latent, step, group), sample first if reduce is None. A zero step is exactly 0 and never
     decoded. InputError for NaN codes or outputs, wrong shapes, unknown names.
     """
-    _check_sweep(z, effect, reduce, on)
+    _check_sweep(z, effect, reduce, on, groups)
+    for name, count, least in (("draws", draws, 1), ("replicates", replicates, 0), ("tile", tile, 1)):
+        if not (isinstance(count, int) and count >= least or name == "tile" and count is None):
+            raise InputError(f"{name}: expected an integer of at least {least}, got {count!r}")
     if isinstance(decoder, nn.Module):
         _refuse_train_mode(decoder)
     started = time.perf_counter()
@@ -92,19 +95,20 @@ def latent_sweep(
             raise InputError(
                 f"groups: partition {groups.labels.numel()} elements, but the decoder's output has {elements}"
             )
-        rows = tile or _tile(bytes_per_row, z.device)
+        rows = _tile(bytes_per_row, z.device) if tile is None else tile
         accumulator = _Accumulator(spec, z, groups, effect, reduce, replicates, seed, first.dtype)
         latents, steps = spec.decoded.nonzero(as_tuple=True)
         decodes = 0
-        for samples in _slices(z.shape[0], max(1, min(rows, z.shape[0]))):
-            base = call(z[samples]).flatten(1)
+        most = _most_bytes(z.device) // (8 * spec.decoded.numel() * len(groups))  # the effects of so many samples
+        for samples in _slices(z.shape[0], max(1, min(rows, most, z.shape[0]))):
+            base = _outputs(call, z[samples], elements)
             decodes += len(base)
             effects = base.new_zeros(len(base), len(latents), len(groups), dtype=accumulator.dtype)
             for part, interventions in _tiles(len(base), len(latents), rows):
                 i, s = latents[interventions], steps[interventions]
                 here = slice(samples.start + part.start, samples.start + part.stop)
                 batch = _intervened(z, spec, here, i, s)
-                y = call(batch).view(part.stop - part.start, len(i), -1)
+                y = _outputs(call, batch, elements).unflatten(0, (part.stop - part.start, len(i)))
                 decodes += batch.shape[0]
                 effects[part, interventions] = effect_reduction(base[part], y, effect, groups=groups, link=link)
             accumulator.add(samples, effects)
@@ -147,10 +151,13 @@ class _Accumulator:
 
     def add(self, samples: slice, effects: Tensor) -> None:
         """effects (B, J, G) of the decoded interventions of these samples."""
-        if bool(torch.isnan(effects).any()):
-            j = int(torch.isnan(effects).flatten(2).any(2).any(0).nonzero()[0])
+        finite = torch.isfinite(effects)
+        if not bool(finite.all()):
+            j = int((~finite).flatten(2).any(2).any(0).nonzero()[0])
             i, s = (int(v) for v in self.decoded.nonzero()[j])
-            raise InputError(f"decoder: its output is NaN for latent {i} at step {s} of the grid {self.spec.name!r}")
+            raise InputError(
+                f"decoder: its output is NaN or infinite for latent {i} at step {s} of the grid {self.spec.name!r}"
+            )
         full = effects.new_zeros(len(effects), *self.total.shape)
         full[:, self.decoded] = effects
         if self.reduce is None:
@@ -180,8 +187,10 @@ class _Accumulator:
         else:
             tensor = (self.total / self.samples).to(self.dtype)
             if self.replicates:
-                norm = self.weight_sum.clamp(min=1)[:, None, None]
-                by_group, by_step = (self.by_group / norm).to(self.dtype), (self.by_step / norm).to(self.dtype)
+                drawn = self.weight_sum > 0  # all weights are zero once in e^N replicates
+                norm = self.weight_sum[drawn, None, None]
+                by_group = (self.by_group[drawn] / norm).to(self.dtype)
+                by_step = (self.by_step[drawn] / norm).to(self.dtype)
         return Effects(
             tensor,
             tuple(coords),
@@ -197,7 +206,7 @@ class _Accumulator:
         )
 
 
-def _check_sweep(z: Tensor, effect: str, reduce: str | None, on: str) -> None:
+def _check_sweep(z: Tensor, effect: str, reduce: str | None, on: str, groups: Groups | None) -> None:
     if not isinstance(z, Tensor) or z.ndim != 2 or not z.is_floating_point() or 0 in z.shape:
         given = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
         raise InputError(f"z: expected floats of shape (N, L) with N, L > 0, got {given}")
@@ -209,6 +218,8 @@ def _check_sweep(z: Tensor, effect: str, reduce: str | None, on: str) -> None:
         raise InputError(f'reduce: expected "mean" or None, got {reduce!r}')
     if on not in ("output", "logits"):
         raise InputError(f'on: expected "output" or "logits", got {on!r}')
+    if groups is not None and not isinstance(groups, Groups):
+        raise InputError(f"groups: expected Groups, as vf.groups.cells makes them, got {type(groups).__name__}")
 
 
 def _refuse_train_mode(decoder: nn.Module) -> None:
@@ -260,8 +271,24 @@ def _measured(call: Callable[[Tensor], Tensor], row: Tensor) -> tuple[Tensor, in
     return y, max(counter.total, 1)
 
 
+def _outputs(call: Callable[[Tensor], Tensor], codes: Tensor, elements: int) -> Tensor:
+    """Outputs (rows, P) for codes (rows, L)."""
+    y = call(codes)
+    if not isinstance(y, Tensor) or y.ndim < 2 or len(y) != len(codes) or y[0].numel() != elements:
+        given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise InputError(
+            f"decoder: expected (rows, ...) with {elements} elements a row for z (rows, L), got {given} for "
+            f"{len(codes)} rows"
+        )
+    return y.flatten(1)
+
+
 def _tile(bytes_per_row: int, device: torch.device) -> int:
-    return max(1, min(TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // bytes_per_row, LARGEST_TILE))
+    return max(1, min(_most_bytes(device) // bytes_per_row, LARGEST_TILE))
+
+
+def _most_bytes(device: torch.device) -> int:
+    return TILE_BYTES.get(device.type, TILE_BYTES["cuda"])
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from .._tensor_files import read_tensors, write_tensors
 from ..errors import InputError
 from .beta_vae import BetaVAE
 from .likelihoods import kl_divergence
-from .tensor_files import read_tensors, write_tensors
 from .vae import VAE
 
 __all__ = ["VAE", "BetaVAE", "build", "kl_divergence", "load", "names", "save"]

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from .. import __version__, _native, data, models, report, training
-from .._files import read_json, write_json, write_with
+from .._files import read_json, write_json
+from .._tensor_files import write_tensors
 from ..errors import InputError
 from ..sweeps import RunDirectory, RunStore, run_all
-from .measuring import DEFINITIONS, Measurement, measure
+from .measuring import DEFINITIONS, measure
 
 PROTOCOL = 1  # part of every run's id: raised when the same configuration would give other numbers
 EVALUATION_SEED = 2025  # the images that models are judged on, the same for every model of a data set
@@ -83,7 +84,7 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"data": ("digits",), "seeds": 1, "steps": 300, "images": 500, "sweep_images": 16, "net": "mlp"},
+    "smoke": {"data": ("digits",), "seeds": 1, "steps": 800, "images": 500, "sweep_images": 16, "net": "mlp"},
     "quick": {},
 }
 
@@ -156,7 +157,7 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
     measured = measure(trained.model, ds, images=c["images"], sweep_images=c["sweep_images"], seed=EVALUATION_SEED)
     for grid, effects in measured.effects.items():
         effects.save(run.path / f"effects-{grid}.safetensors")
-    _save_pictures(run.path / "pictures.safetensors", measured)
+    write_tensors(run.path / "pictures.safetensors", "pictures", measured.pictures, {})
     return {
         "trained": measured.trained,
         "metrics": measured.metrics,
@@ -181,12 +182,6 @@ def build(c: Mapping[str, Any], ds: data.Dataset, device: torch.device) -> model
     torch.manual_seed(c["seed"])
     options = {"latents": c["latents"], "net": c["net"], "likelihood": ds.likelihood, "trials": ds.trials}
     return models.build(c["architecture"], ds.shape, **options, **c["options"]).to(device)
-
-
-def _save_pictures(path: Path, measured: Measurement) -> None:
-    from safetensors.torch import save_file
-
-    write_with(path, lambda file: save_file(measured.pictures, file))
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .._files import write_text
+from .._tensor_files import read_tensors, write_tensors
 from ..errors import InputError
-from ..models.tensor_files import read_tensors, write_tensors
 from .settings import Settings
 
 CHECKPOINT = "checkpoint.safetensors"

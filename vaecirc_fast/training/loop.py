@@ -204,7 +204,7 @@ class _Trainer:
         x = x.to(self.device, self.dtype, non_blocking=True)
         if self.step == self.first:
             self.model.check_images(x, values=True)  # once per call: on a GPU the loss does not look at values
-        return x.contiguous(memory_format=torch.channels_last) if self.bf16 else x
+        return x.to(memory_format=torch.channels_last) if self.bf16 else x
 
     def _logged(self, step: int) -> bool:
         return step == 1 or step % self.log_every == 0 or step == self.settings.steps
@@ -262,7 +262,7 @@ def _training_layout(model: VAE, settings: Settings) -> Iterator[None]:
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.ndim == 4]
     strides = [t.stride() for t in tensors]
     for tensor in tensors:
-        tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+        tensor.data = tensor.data.to(memory_format=torch.channels_last)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Safetensors files with a JSON header and a checksum: what models and checkpoints are stored as.
+"""Safetensors files with a JSON header and a checksum: what models, checkpoints, effects and pictures are stored as.
 
 Nothing is unpickled. The checksum is there because safetensors has none: a flipped bit would load as other weights.
 """
@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .._files import write_with
-from ..errors import InputError
+from ._files import write_with
+from .errors import InputError
 
 _KEY = "vaecirc_fast"  # metadata entry that says what kind of file this is
 
@@ -25,7 +25,7 @@ _KEY = "vaecirc_fast"  # metadata entry that says what kind of file this is
 def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
     """Write `tensors` (any device and layout) and the JSON values of `header` to `path` atomically.
 
-    `kind` names the content ("model", "checkpoint"). InputError when the file cannot be written.
+    `kind` names the content ("model", "effects"). InputError when the file cannot be written.
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(header, allow_nan=False)

@@ -1,0 +1,31 @@
+"""What all tests share: Triton's interpreter where there is no GPU, hypothesis' profiles, poisoned memory."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+# Before anything imports triton: it decides then. With a GPU the compiled kernels are tested, on it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# The same examples on every machine, so that a red test is red everywhere; search for new ones with
+# HYPOTHESIS_PROFILE=search.
+hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=25, deadline=None, database=None)
+hypothesis.settings.register_profile("search", max_examples=1000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.fixture
+def poisoned():
+    """New memory holds NaN (integers: their maximum) until it is written: torch.empty, empty_like, new_empty, ..."""
+    deterministic, warn_only = torch.are_deterministic_algorithms_enabled(), True
+    if deterministic:
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

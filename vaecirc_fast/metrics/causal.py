@@ -81,8 +81,11 @@ def _normalised(E: Any) -> tuple[Tensor, Tensor]:
     point = E.step_normalised().double().cpu()
     if E.replicates is not None:
         return point, E.replicates.double().cpu()
+    if point.ndim == 2:  # a sweep with replicates=0
+        return point, point.new_zeros(0, *point.shape)
     weights = resampling_weights(REPLICATES, E.samples).double()
-    replicates = torch.einsum("rn,nlg->rlg", weights, point) / weights.sum(1).clamp(min=1)[:, None, None]
+    weights = weights[weights.sum(1) > 0]  # all weights are zero once in e^N replicates
+    replicates = torch.einsum("rn,nlg->rlg", weights, point) / weights.sum(1)[:, None, None]
     return point.mean(0), replicates
 
 

@@ -12,7 +12,7 @@ from .svg import CHARACTER, Scale, line, path, picture, spread, tag, text, x_axi
 
 # Okabe and Ito's colours, ordered so that neighbours differ in lightness too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-WIDTH = 340
+NARROW, WIDE = 340, 440  # of drawings that stand three and two in a row
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def dots(rows: Sequence[Dots], label: str, what: str) -> str:
     """
     left = min(150.0, 14 + CHARACTER * max(len(row.label) for row in rows))
     points = [v for row in rows for v in row.values] + [e.value for r in rows for e in (r.estimate, r.control) if e]
-    scale = Scale(*_range(points, rows), left, WIDTH - 12)
+    scale = Scale(*_range(points, rows), left, NARROW - 12)
     headings = sum(bool(row.heading) for row in rows)
     bottom = 8 + 34 * len(rows) + 18 * headings
     parts = [x_axis(scale, bottom, label, top=4)]
@@ -51,7 +51,25 @@ def dots(rows: Sequence[Dots], label: str, what: str) -> str:
         if row.control:
             parts.append(_whisker(row.control, scale, y + 22, "control"))
         y += 34
-    return picture("".join(parts), WIDTH, bottom + 36, what)
+    return picture("".join(parts), NARROW, bottom + 36, what)
+
+
+def dots_key() -> str:
+    """What the signs in `dots` mean."""
+    trained, control = Estimate(0.5, 0.2, 0.8), Estimate(0.5, 0.2, 0.8)
+    scale = Scale(0, 1, 0, 90)
+    lines = [
+        (_whisker(trained, scale, 22, "estimate"), 22, "trained: mean over seeds, 95 % interval"),
+        (_whisker(control, scale, 46, "control"), 46, "untrained control, likewise"),
+        ("".join(line(x, 65, x, 75, "seed") for x in (36.0, 55.0)), 70, "single seeds, trained"),
+        (
+            _whisker(Estimate(0.5, 0.2, 9.0), Scale(0, 0.8, 0, 72), 94, "estimate"),
+            94,
+            "interval goes on beyond the axis",
+        ),
+    ]
+    parts = [drawn + text(96, y + 4, words, cls="label") for drawn, y, words in lines]
+    return picture("".join(parts), NARROW, 110, "Key to the signs in these panels")
 
 
 def _range(points: list[float], rows: Sequence[Dots]) -> tuple[float, float]:
@@ -97,7 +115,7 @@ def curves(
 ) -> str:
     """Lines with bands, each named where it ends. The height axis starts at 0, or is logarithmic, up to `top`."""
     names = max((len(curve.name) for curve in drawn), default=0)
-    right, bottom = WIDTH - (8 + CHARACTER * names if names else 10), 178.0
+    right, bottom = WIDE - (8 + CHARACTER * names if names else 10), 196.0
     ys = [v for curve in drawn for v in curve.y]
     xs = [v for curve in drawn for v in curve.x]
     if log and min(ys) > 0:
@@ -120,8 +138,8 @@ def curves(
     named = [curve for curve in drawn if curve.name]
     heights = spread([y(curve.y[-1]) for curve in named], 11.5, 20, bottom)
     for curve, at in zip(named, heights, strict=True):
-        parts.append(text(right + 5, at + 3.8, curve.name, cls="name", fill=curve.colour))
-    return picture("".join(parts), WIDTH, bottom + 36, what)
+        parts.append(text(right + 5, at + 3.8, curve.name, cls="name", style=f"fill:{curve.colour}"))
+    return picture("".join(parts), WIDE, bottom + 36, what)
 
 
 @dataclass(frozen=True)
@@ -135,12 +153,12 @@ class Bar:
 
 def bars(drawn: Sequence[Bar], y_label: str, what: str, top: float) -> str:
     """Bars with whiskers from 0 up to `top`; those not `filled` are hollow."""
-    bottom = 170.0
+    bottom = 176.0
     y = Scale(0, top, bottom, 26)
     left = 10 + 6.2 * max(map(len, svg.tick_labels(y.ticks())), default=1)
-    pitch = (WIDTH - 6 - left) / len(drawn)
-    width = min(24.0, 0.68 * pitch)
-    parts = [y_axis(y, left, WIDTH - 6, y_label)]
+    pitch = (WIDE - 6 - left) / len(drawn)
+    width = min(26.0, 0.66 * pitch)
+    parts = [y_axis(y, left, WIDE - 6, y_label)]
     every = math.ceil(CHARACTER * 4 / pitch)
     for n, bar in enumerate(drawn):
         x = left + (n + 0.5) * pitch
@@ -150,6 +168,6 @@ def bars(drawn: Sequence[Bar], y_label: str, what: str, top: float) -> str:
             parts.append(line(x, y(max(bar.low, 0)), x, y(min(bar.high, top)), "error"))
         if n % every == 0:
             parts.append(text(x, bottom + 14, bar.label, "middle", "tick"))
-    parts.append(line(left, bottom, WIDTH - 6, bottom, "axis"))
-    parts.append(text((left + WIDTH - 6) / 2, bottom + 29, "latent", "middle", "label"))
-    return picture("".join(parts), WIDTH, bottom + 34, what)
+    parts.append(line(left, bottom, WIDE - 6, bottom, "axis"))
+    parts.append(text((left + WIDE - 6) / 2, bottom + 29, "latent", "middle", "label"))
+    return picture("".join(parts), WIDE, bottom + 34, what)

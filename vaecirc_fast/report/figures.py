@@ -42,6 +42,7 @@ class Figure:
     panels: tuple[Panel, ...]
     legend: tuple[tuple[str, str], ...] = ()
     extra: str = ""
+    narrow: bool = False
 
 
 def against_untrained(groups: Sequence[Group], definitions: Mapping[str, tuple[str, str]]) -> Figure:
@@ -59,12 +60,14 @@ def against_untrained(groups: Sequence[Group], definitions: Mapping[str, tuple[s
             last = group.data
         label = unit or "dimensionless"
         panels.append(Panel(metric_name(name), charts.dots(rows, label, f"{metric_name(name)}, trained and untrained")))
+    panels.append(Panel("Key", charts.dots_key()))
     caption = Markup(
         "Filled: mean over the trained seeds. Hollow: the same networks before training, judged on the same images. "
         "Upright strokes: single seeds. Whiskers: 95&nbsp;% intervals over seeds, as in Table&nbsp;1; one that leaves "
         "the axis is cut and ends in an arrow."
     )
-    return Figure("trained-untrained", "Trained networks against their untrained controls.", caption, tuple(panels))
+    title = "Trained networks against their untrained controls."
+    return Figure("trained-untrained", title, caption, tuple(panels), narrow=True)
 
 
 def training_curves(groups: Sequence[Group]) -> Figure:
@@ -79,7 +82,8 @@ def training_curves(groups: Sequence[Group]) -> Figure:
             for group, run in ((g, r) for g in members for r in g.runs):
                 history = [row for row in run.result["history"] if row.get(term) is not None]
                 if len(history) > 1:
-                    x, y = [row["step"] for row in history], [row[term] for row in history]
+                    weight = run.config.get("options", {}).get("beta", 1.0) if term == "kl" else 1.0
+                    x, y = [row["step"] for row in history], [row[term] / weight for row in history]
                     drawn.append(Curve(x, y, colours[group.label], dash=None if run.trained else "4 3"))
             name = {"kl": "Kullback–Leibler divergence", "reconstruction": "reconstruction loss"}.get(term, term)
             title = f"{data}: {name}"
@@ -92,7 +96,7 @@ def training_curves(groups: Sequence[Group]) -> Figure:
     dashed = any(not run.trained for group in groups for run in group.runs)
     caption = Markup(
         "Terms of the training loss on the batch of each logged step, one line a seed: single batches, not averages. "
-        "The divergence is shown before its factor β."
+        "The divergence is shown without the factor β that weights it in the loss."
     ) + (" Dashed: runs that ended not trained." if dashed else "")
     legend = tuple((colours[label], label) for label in dict.fromkeys(group.label for group in groups))
     return Figure("training", "Training.", caption, tuple(panels), legend)
@@ -172,7 +176,7 @@ def step_curves(data: str, groups: Sequence[Group]) -> Figure:
     for group in groups:
         order = [row["latent"] for row in _order(group.shown)]
         for grid, x_label in (("fixed", "step δ, units of z"), ("posterior", "step t, posterior sd")):
-            title = f"{group.label}: {'raw' if grid == 'fixed' else 'posterior'} steps"
+            title = f"{group.label}, seed {group.shown.seed}: {'raw' if grid == 'fixed' else 'posterior'} steps"
             effects = found[id(group), grid]
             if effects is None:
                 panels.append(Panel(title, missing=f"effects-{grid}.safetensors cannot be read."))
@@ -223,9 +227,10 @@ def effect_maps(data: str, groups: Sequence[Group]) -> Figure:
         return pictures.maps(chosen, labels, faint, top, f"{data}: effect of each latent on the cells of the image")
 
     caption = Markup(
-        "Effect of each latent on each cell of an 8 × 8 mosaic over the image: mean |Δ<i>y</i>|/|<i>t</i>| on the "
-        "posterior grid, averaged over the cell's pixels and the swept images; from the greatest posterior CES to the "
-        "least. One scale for all maps of the data set. Specificity says how unevenly a map is spread over its cells."
+        "Effect of each latent on each cell of an 8 × 8 mosaic over the image: mean "
+        "<span class='formula'>|Δ<i>y</i>|/|<i>t</i>|</span> on the posterior grid, averaged over the cell's pixels and "
+        "the swept images; from the greatest posterior CES to the least. One scale for all maps of the data set. "
+        "Specificity says how unevenly a map is spread over its cells."
     )
     scale = svg.Scale(0, top, 0, 1)
     ticks = scale.ticks(4)

@@ -13,7 +13,7 @@ from .aggregate import Group, definitions, groups
 from .figures import Figure
 from .results import Study, read
 from .tables import ROWS, LatentTable, Places, latent_table, machines, main_blocks, run_rows, settings
-from .words import counted, decimals, listed, metric_name, number, plain, typeset
+from .words import counted, data_name, decimals, listed, metric_name, number, plain, typeset
 
 LIMIT = 2_700_000  # characters of figures and tables of latents, which leaves the rest of 3 MB to text and runs
 
@@ -54,7 +54,7 @@ def render(study: Study) -> str:
         settings=settings(study.runs),
         machines=machines(study.runs),
         metrics=[
-            (letter, metric_name(name), unit or "dimensionless", typeset(text))
+            (letter, metric_name(name), unit or "dimensionless", typeset(text + _dropped(study, name)))
             for letter, (name, (unit, text)) in zip(_letters(), metrics.items(), strict=False)
         ],
         blocks=main_blocks(found, metrics, places),
@@ -92,7 +92,13 @@ def abstract(study: Study, found: Sequence[Group], places: Places) -> list[str]:
     bad = [run.path.name for run in runs if not run.trained]
     rule = "its reconstruction error is at most half of the mean image's and at least three latents are active"
     if not bad:
-        whole = "It counts" if len(runs) == 1 else "Both count" if len(runs) == 2 else f"All {len(runs)} count"
+        whole = (
+            "It counts"
+            if len(runs) == 1
+            else "Both count"
+            if len(runs) == 2
+            else f"All {counted(len(runs), '').strip()} count"
+        )
         sentences.append(f"{whole} as trained: {rule}." if len(runs) == 1 else f"{whole} as trained (of each, {rule}).")
     elif good:
         sentences.append(
@@ -120,14 +126,14 @@ def _strengths(found: Sequence[Group], places: Places) -> list[str]:
     ranked = sorted(measured, key=lambda pair: pair[1].estimate.value)
     (least, low), (most, high) = ranked[0], ranked[-1]
     where = [f"{shown(g, c.estimate.value)} ({g.data}, {g.label})" for g, c in ((least, low), (most, high))]
-    span = where[0] if len(measured) == 1 else f"from {where[0]} to {where[1]}"
+    span = f"is {where[0]}" if len(measured) == 1 else f"runs from {where[0]} to {where[1]}"
     ratios = [c.estimate.value / c.control.value for _, c in measured if c.control.value > 0]
     against = ""
     if ratios:
         p = decimals([min(ratios)], 2)
         ends = [number(min(ratios), p), number(max(ratios), p)]
-        against = f", {ends[0] if ends[0] == ends[1] else ' to '.join(ends)} times that of the untrained networks"
-    sentences = [f"Posterior CES, the mean over all latents, is {span} intensity per posterior sd{against}."]
+        against = f", or {ends[0] if ends[0] == ends[1] else ' to '.join(ends)} times that of the untrained networks"
+    sentences = [f"Posterior CES, the mean over all latents, {span} intensity per posterior sd{against}."]
     bounded = [c for _, c in measured if c.side != "unknown"]
     if bounded:
         clear = sum(c.side == "above" for c in bounded)
@@ -143,10 +149,29 @@ def _strengths(found: Sequence[Group], places: Places) -> list[str]:
 
 
 def _sizes(study: Study) -> tuple[str, str]:
-    """How many images models were judged and swept on, in words."""
-    judged = {run.result["metrics"].get("reconstruction", {}).get("n") for run in study.runs}
-    swept = {run.result["metrics"].get("ces_posterior", {}).get("n") for run in study.runs}
-    return tuple(" or ".join(plain(n) for n in sorted(found - {None})) or "some" for found in (judged, swept))  # pyright: ignore[reportReturnType]
+    """How many images models were judged and swept on, in words; by data set where they differ."""
+    return _size(study, "reconstruction"), _size(study, "ces_posterior")
+
+
+def _size(study: Study, metric: str) -> str:
+    found: dict[str, list[str]] = {}
+    for run in study.runs:
+        n = run.result["metrics"].get(metric, {}).get("n")
+        if n is not None:
+            found.setdefault(plain(n), []).append(data_name(run.config["data"]))
+    if len(found) < 2:
+        return next(iter(found), "some")
+    return " or ".join(f"{n} ({listed(dict.fromkeys(data))})" for n, data in found.items())
+
+
+def _dropped(study: Study, metric: str) -> str:
+    """Which factors a metric leaves out, because they have one value."""
+    found: dict[str, list[str]] = {}
+    for run in study.runs:
+        for factor in run.result["metrics"].get(metric, {}).get("dropped", ()):
+            found.setdefault(str(factor), []).append(data_name(run.config["data"]))
+    names = [f"{factor} ({listed(dict.fromkeys(data))})" for factor, data in found.items()]
+    return f"; one-valued factors left out: {listed(names)}" if names else ""
 
 
 def _resampled(study: Study) -> str:

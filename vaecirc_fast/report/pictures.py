@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .svg import CHARACTER, picture, png, sequential_palette, tag, text
+from .svg import picture, png, sequential_palette, tag, text
 
 PALETTE = sequential_palette()
+WIDTH = 440.0
+LABELS = 76.0  # room for the longest label, "z₁₀ inactive", so that the panels of a figure match
 
 
 def sheet(images: np.ndarray) -> tuple[np.ndarray, int]:
@@ -31,8 +33,8 @@ def image_rows(
     """Rows of images (rows, columns, C, H, W) uint8, a label before each row and a head above each column."""
     rows, columns = images.shape[:2]
     pixels, gap = sheet(images)
-    left = 12 + CHARACTER * max(len(label) for label in labels)
-    side = min(42.0, (400 - left) / columns)  # a picture and its gap
+    left = LABELS
+    side = (WIDTH - left) / columns  # a picture and its gap
     shape = pixels.shape[0] + gap, pixels.shape[1] + gap
     pitch = side * shape[0] / shape[1] * columns / rows
     top = 16.0 if heads else 2.0
@@ -61,7 +63,7 @@ def image_rows(
 def maps(values: np.ndarray, labels: Sequence[str], faint: Sequence[bool], top: float, what: str) -> str:
     """Maps (n, rows, columns) of effects as shades from white, 0, to dark blue, `top`; a label under each."""
     count, rows, columns = values.shape
-    across, side = 5, 66.0
+    across, side = 5, (WIDTH - 40) / 5
     height = side * rows / columns
     shades = (np.clip(values / top, 0, 1) * 255).round().astype(np.uint8)
     parts = []

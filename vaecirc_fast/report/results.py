@@ -145,10 +145,8 @@ def _problem(load: Any, file: Path) -> str:
         return "is missing"
     try:
         load(file)
-    except (InputError, OSError) as error:
-        return f"is damaged ({type(error.__cause__ or error).__name__})"
-    except ValueError as error:
-        return f"is damaged ({error})"
+    except (ValueError, KeyError, TypeError) as error:  # InputError is a ValueError
+        return f"cannot be used ({str(error).replace(str(file.parent) + '/', '').split(';')[0]})"
     return ""
 
 
@@ -163,17 +161,16 @@ def _check_effects(effects: Effects, result: dict[str, Any]) -> None:
 
 def _load_pictures(file: Path, latents: int) -> dict[str, Tensor]:
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
-    try:
-        pictures = load_file(file)
-        found = [pictures[name] for name in PICTURES]
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{file}: not a readable file of pictures ({error})") from error
-    for images in found:
+    from .._tensor_files import read_tensors
+
+    pictures, _ = read_tensors(file, "pictures", "delete it and measure again")
+    for name in PICTURES:
+        images = pictures.get(name)
+        if images is None:
+            raise ValueError(f"it has no {name}")
         if images.ndim != 4 or images.dtype != torch.uint8 or images.shape[1] not in (1, 3) or not images.numel():
-            raise InputError(f"{file}: expected images (n, 1 or 3, H, W) uint8, got {tuple(images.shape)}")
-    if len({images.shape[1:] for images in found}) > 1 or len(found[2]) % max(latents, 1):
-        raise InputError(f"{file}: its pictures do not fit together")
-    return dict(zip(PICTURES, found, strict=True))
+            raise ValueError(f"its {name} are no images (n, 1 or 3, H, W) uint8")
+    if len({pictures[name].shape[1:] for name in PICTURES}) > 1 or len(pictures["traversals"]) % max(latents, 1):
+        raise ValueError("its pictures do not fit together")
+    return pictures

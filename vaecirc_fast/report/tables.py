@@ -57,7 +57,7 @@ class Places:
         for group in groups:
             for name, cell in group.cells.items():
                 if cell.control and (group.data, name) not in self._counts:
-                    places = min(decimals([cell.control.value], 2), self._found[group.data, name] + 4)
+                    places = min(decimals([cell.control.value], 2), self._found[group.data, name] + 2)
                     self._controls[group.data, name] = max(self._controls[group.data, name], places)
 
     def mean(self, data: str, name: str) -> int:

@@ -50,20 +50,29 @@ def decimals(values: Iterable[float | None], digits: int = 3) -> int:
 
 
 def number(value: float | None, places: int) -> str:
-    """`value` with `places` decimals and a real minus sign; a dash for nothing, NaN or infinity."""
+    """`value` with `places` decimals and a real minus sign; a dash for nothing, NaN or infinity.
+
+    What is not 0 but would be printed so is "<0.001", the least that shows.
+    """
     if value is None or not math.isfinite(value):
         return NOTHING
-    text = f"{value:,.{places}f}"
-    if float(text.replace(",", "")) == 0:
-        text = text.removeprefix("-")
-    return text.replace("-", "−")
+    if value and round(value, places) == 0:
+        return f"{'<' if value > 0 else '>−'}{10.0**-places:.{places}f}"
+    return f"{abs(value) if value == 0 else value:,.{places}f}".replace("-", "−")
 
 
 def interval(low: float | None, high: float | None, places: int) -> str:
     """ "[low, high]", or nothing where either end is missing or infinite."""
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         return ""
-    return f"[{number(low, places)}, {number(high, places)}]"
+    if low and high and round(low, places) == round(high, places) == 0:
+        return f"within ±{10.0**-places:.{places}f}"
+    return f"[{_end(low, places)}, {_end(high, places)}]"
+
+
+def _end(value: float, places: int) -> str:
+    """An end of an interval: as `number`, but rounded to 0 where it is that near."""
+    return number(round(value, places), places)
 
 
 def plain(value: Any) -> str:
@@ -73,7 +82,7 @@ def plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+        return f"{value:,}"
     if isinstance(value, float):
         return f"{value:g}".replace("-", "−")
     if isinstance(value, Mapping):
@@ -123,7 +132,8 @@ def typeset(definition: str) -> Markup:
     text = re.sub(r"\|dy\|", "|Δ<i>y</i>|", text)
     text = re.sub(r"\|t\|", "|<i>t</i>|", text)
     text = re.sub(r"(?<=[ ,])t(?= [=s<])", "<i>t</i>", text)
-    text = re.sub(r"\bH\(", "<i>H</i>(", text)
+    text = re.sub(r"\b([HI])\(", r"<i>\1</i>(", text)
+    text = re.sub(r"\bv(?=\))", "<i>v</i>", text)
     text = re.sub(r"\blog G\b", "log <i>G</i>", text)
     text = re.sub(r"\bz\b", "<i>z</i>", text)
     return Markup(text.replace(" - ", " − ").replace("+-", "±").replace("...", "…").replace(" := ", " := "))

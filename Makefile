@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: study test test-deep lint bench clean
+.PHONY: study test test-deep lint bench peers clean
 
 # torch first and alone: a build of it that is already at hand is then taken before the index's newest.
 $(VENV)/built: pyproject.toml constraints.txt setup.py $(SOURCES)
@@ -33,6 +33,13 @@ lint: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks
+
+# Against the real packages of others, in an environment of their own.
+peers: $(VENV)/built
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt torch
+	.venv-peers/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -r benchmarks/peers.txt -e .
+	.venv-peers/bin/python -m benchmarks.peers
 
 clean:
 	rm -rf build $(VENV) *.egg-info vaecirc_fast/*.so

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from . import tables
-from .harness import machine
+from .harness import commit, machine
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -54,12 +54,10 @@ def _measure(name: str) -> bool:
     for b in found:
         stats = {"median_s": b["stats"]["median"], "iqr_s": b["stats"]["iqr"], "rounds": b["stats"]["rounds"]}
         cases.append({**b["extra_info"], **stats})
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     out = HERE / "results" / machine() / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
-    out.write_text(json.dumps({"commit": commit, "versions": versions, "cases": cases}, indent=1) + "\n")
+    out.write_text(json.dumps({"commit": commit(ROOT), "versions": versions, "cases": cases}, indent=1) + "\n")
     print(f"{name}: {out.relative_to(ROOT)}")
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ def measure(benchmark: Any, call: Callable[[], Any], *, case: str, form: str, ou
 
     benchmark.extra_info.update(case=case, form=form, ours=ours, **facts)
     benchmark.pedantic(synchronised, rounds=ROUNDS, warmup_rounds=2)
+
+
+def commit(root: Path) -> str:
+    """The commit that is measured, marked where the tree differs from it."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(describe, cwd=root, capture_output=True, text=True).stdout.strip()
 
 
 def machine() -> str:

@@ -1,0 +1,103 @@
+"""`python -m benchmarks.peers`: the same measurement with the real packages of others, for equal numbers and the ratio.
+
+Runs in an environment of its own (`make peers`), because peers bring heavy dependencies.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vaecirc_fast as vf
+from vaecirc_fast.interventions.grids import symmetric
+
+from . import tables
+from .harness import commit, machine
+
+SAMPLES, LATENTS, ROUNDS = 64, 10, 5
+DELTAS = symmetric(5, 0.6)
+GROUPS = vf.groups.cells(64, 64, 8)
+
+
+def _mean_effect(y: Tensor, base: Tensor) -> Tensor:
+    return (y - base).abs().view(SAMPLES, 8, 8, 8, 8).mean((0, 2, 4)).flatten()
+
+
+def nnsight_sweep(decoder: nn.Module, z: Tensor) -> Tensor:
+    """The sweep as nnsight's documentation writes one: a trace per latent and step, all samples at once."""
+    from nnsight import NNsight  # pyright: ignore[reportMissingImports]
+
+    model = NNsight(decoder)
+    base = decoder(z)
+    effects = []
+    for i in range(LATENTS):
+        for delta in DELTAS.tolist():
+            with model.trace(z):
+                moved = model.fc1.input.clone()
+                moved[:, i] += delta
+                model.fc1.input = moved
+                y = model.output.save()
+            effects.append(_mean_effect(y, base))
+    return torch.stack(effects).view(LATENTS, len(DELTAS), -1)
+
+
+def ours(decoder: nn.Module, z: Tensor) -> Tensor:
+    return vf.latent_sweep(decoder, z, groups=GROUPS, replicates=0).tensor
+
+
+PEERS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {"nnsight": nnsight_sweep}
+
+
+def main() -> int:
+    cases: list[dict[str, Any]] = []
+    unequal = False
+    for net in ("conv", "mlp"):
+        torch.manual_seed(0)
+        decoder = vf.models.build("vae", (1, 64, 64), latents=LATENTS, net=net).decoder.eval()
+        z = torch.randn(SAMPLES, LATENTS)
+        case = f"{net} decoder, latent sweep of {SAMPLES} samples x {LATENTS} latents x {len(DELTAS)} steps"
+        forms = {"ours": ours, **PEERS}
+        times: dict[str, list[float]] = {name: [] for name in forms}
+        with torch.no_grad():
+            truth = ours(decoder.double(), z.double())
+            decoder.float()
+            tolerance = 10 * float((ours(decoder, z) - truth).abs().max())
+            for _ in range(ROUNDS):  # in turn, so that a drift of the machine's speed meets all alike
+                for name, form in forms.items():
+                    started = time.perf_counter()
+                    result = form(decoder, z)
+                    times[name].append(time.perf_counter() - started)
+                    error = float((result - truth).abs().max())
+                    if error > tolerance:
+                        print(f"{case}: {name} differs from the float64 truth by {error:.2g}", file=sys.stderr)
+                        unequal = True
+        for name, taken in times.items():
+            low, middle, high = statistics.quantiles(taken, n=4)
+            version = "" if name == "ours" else f" {metadata.version(name)}"
+            facts = {"case": case, "form": name + version, "ours": name == "ours", "rounds": ROUNDS}
+            decodes = SAMPLES * LATENTS * len(DELTAS)
+            cases.append({**facts, "decodes": decodes, "median_s": middle, "iqr_s": high - low})
+    root = Path(__file__).parent.parent
+    out = root / "benchmarks" / "results" / machine() / "peers.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    out.write_text(json.dumps({"commit": commit(root), "versions": versions, "cases": cases}, indent=1) + "\n")
+    tables.write(root)
+    ours_s = {c["case"]: c["median_s"] for c in cases if c["ours"]}
+    for c in cases:
+        print(f"{c['case']}: {c['form']} {1e3 * c['median_s']:.0f} ms, {c['median_s'] / ours_s[c['case']]:.2f}x ours")
+    print("numbers equal" if not unequal else "numbers DIFFER")
+    return int(unequal)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

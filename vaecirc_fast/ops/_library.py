@@ -1,4 +1,4 @@
-"""What every op shares: the torch.library namespace, and when a call must pass through autograd or a transform."""
+"""What every op shares: the torch.library namespace, and when a call must pass through it, autograd or a transform."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("vaecirc_fast", "DEF")
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether something watches which ops are called, so that a call must be the registered op: torch.compile, any
+    dispatch mode (make_fx, fake tensors, a flop counter), or a subclass of Tensor."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors)
 
 
 def is_plain_call(*tensors: Tensor) -> bool:

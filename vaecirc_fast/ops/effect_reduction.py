@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from .. import _native, _registry
 from ..errors import InputError
 from ..groups import Groups, whole
 from ..reference import effect_reduction as reference
-from ._library import LIBRARY, is_plain_call
+from ._library import LIBRARY, is_plain_call, is_traced
 
 
 def effect_reduction(
@@ -100,7 +101,7 @@ def _check_outputs(base: Tensor, perturbed: Tensor) -> None:
 
 
 def _forward(base: Tensor, perturbed: Tensor, *rest: Any) -> Tensor:
-    if torch.compiler.is_compiling():
+    if is_traced(base, perturbed):
         return torch.ops.vaecirc_fast.effect_reduction(base, perturbed, *rest)
     return (_run if is_plain_call(base, perturbed) else _Function.apply)(base, perturbed, *rest)
 
@@ -172,8 +173,8 @@ def _backward(ctx: Any, *grads: Tensor):
     saved = ctx.saved_tensors
     with _registry.backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
         factors = _factors(grad, saved, ctx.kinds, ctx.link, ctx.sum_samples)
-        compiling = torch.compiler.is_compiling()
-        call = torch.ops.vaecirc_fast.effect_reduction_backward if compiling else _BackwardFunction.apply
+        traced = is_traced(grad, *saved)
+        call = torch.ops.vaecirc_fast.effect_reduction_backward if traced else _BackwardFunction.apply
         grad_base, grad_perturbed = call(*saved, factors, ctx.link)
     return grad_base, grad_perturbed, None, None, None, None, None, None
 
@@ -184,15 +185,17 @@ def _fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return tensor.flatten(0, 1)
 
 
-def _vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[Tensor, int]:
+def _vmap(call: Callable, info: Any, in_dims: tuple, *arguments: Any) -> tuple[Tensor, int]:
     base, perturbed, labels, order, offsets, kinds, link, sum_samples = arguments
     base, perturbed = _fold(base, in_dims[0], info.batch_size), _fold(perturbed, in_dims[1], info.batch_size)
-    out = _Function.apply(base, perturbed, labels, order, offsets, kinds, link, False)
-    out = out.unflatten(0, (info.batch_size, -1))
+    out = call(base, perturbed, labels, order, offsets, kinds, link, False)
+    out = out.unflatten(0, (info.batch_size, out.shape[0] // info.batch_size))
     return (out.sum(1) if sum_samples else out), 0
 
 
-def _vmap_backward(info: Any, in_dims: tuple, *arguments: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+def _vmap_backward(
+    call: Callable, info: Any, in_dims: tuple, *arguments: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     base, perturbed, labels, order, offsets, factors, link = arguments
     samples = base.shape[0] if in_dims[0] is None else base.movedim(in_dims[0], 0).shape[1]
     base, perturbed = _fold(base, in_dims[0], info.batch_size), _fold(perturbed, in_dims[1], info.batch_size)
@@ -200,8 +203,8 @@ def _vmap_backward(info: Any, in_dims: tuple, *arguments: Any) -> tuple[tuple[Te
         factors.movedim(in_dims[5], 0) if in_dims[5] is not None else factors.expand(info.batch_size, *factors.shape)
     )
     factors = factors.expand(-1, samples, -1, -1, -1).flatten(0, 1)
-    grads = _BackwardFunction.apply(base, perturbed, labels, order, offsets, factors, link)
-    return tuple(grad.unflatten(0, (info.batch_size, -1)) for grad in grads), (0, 0)
+    grads = call(base, perturbed, labels, order, offsets, factors, link)
+    return tuple(grad.unflatten(0, (info.batch_size, samples)) for grad in grads), (0, 0)
 
 
 class _Function(torch.autograd.Function):
@@ -210,14 +213,20 @@ class _Function(torch.autograd.Function):
     forward = staticmethod(_run)
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)
-    vmap = staticmethod(_vmap)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any):
+        return _vmap(_Function.apply, info, in_dims, *arguments)
 
 
 class _BackwardFunction(torch.autograd.Function):
     """The gradient as a function of its own, so that it too can be transformed; it has no second derivative."""
 
     forward = staticmethod(_run_backward)
-    vmap = staticmethod(_vmap_backward)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any):
+        return _vmap_backward(_BackwardFunction.apply, info, in_dims, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -253,8 +262,14 @@ def _fake_backward(base, perturbed, labels, order, offsets, factors, link):
 
 
 torch.library.register_autograd("vaecirc_fast::effect_reduction", _backward, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_vmap("vaecirc_fast::effect_reduction", _vmap, lib=LIBRARY)
-torch.library.register_vmap("vaecirc_fast::effect_reduction_backward", _vmap_backward, lib=LIBRARY)
+torch.library.register_vmap(
+    "vaecirc_fast::effect_reduction", partial(_vmap, torch.ops.vaecirc_fast.effect_reduction), lib=LIBRARY
+)
+torch.library.register_vmap(
+    "vaecirc_fast::effect_reduction_backward",
+    partial(_vmap_backward, torch.ops.vaecirc_fast.effect_reduction_backward),
+    lib=LIBRARY,
+)
 
 
 def _cpp_forward(

@@ -22,9 +22,11 @@ from .._files import read_json, write_json
 from .._tensor_files import write_tensors
 from ..errors import InputError
 from ..sweeps import RunDirectory, RunStore, run_all
+from .manipulation import manipulate
 from .measuring import DEFINITIONS, measure
 
-PROTOCOL = 1  # part of every run's id: raised when the same configuration would give other numbers
+PROTOCOL = 2  # part of every run's id: raised when the same configuration would give other numbers
+MINIMUM = {"images": 2, "sweep_images": 2, "pairs": 4}
 EVALUATION_SEED = 2025  # the images that models are judged on, the same for every model of a data set
 
 
@@ -34,9 +36,9 @@ class Config:
 
     out: the directory of runs and report. data: data set names. architectures: model names. seeds: runs of each pair,
     seeds 0, 1, ... latents: L. net: "conv" or "mlp". beta: of beta_vae. steps: training steps of `batch_size` images at
-    learning rate `lr`. precision: "auto", "fp32" or "bf16". images: how many a model is judged on; sweep_images: how
-    many of them its latents are swept on. device: "auto", "cpu" or "cuda". data_root: directory of official files, if
-    any.
+    learning rate `lr`. precision: "auto", "fp32" or "bf16". images: how many a model is judged on; pairs: of inputs for
+    level 1; sweep_images: how many of them its latents are swept on. device: "auto", "cpu" or "cuda". data_root:
+    directory of official files, if any.
     only: shell-style patterns of run names such as "dsprites-beta_vae-s0"; all runs if empty.
     """
 
@@ -53,6 +55,7 @@ class Config:
     precision: str = "auto"
     images: int = 10_000
     sweep_images: int = 128
+    pairs: int = 256
     device: str = "auto"
     data_root: Path | None = None
     only: tuple[str, ...] = ()
@@ -84,7 +87,15 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"data": ("digits",), "seeds": 1, "steps": 800, "images": 500, "sweep_images": 16, "net": "mlp"},
+    "smoke": {
+        "data": ("digits",),
+        "seeds": 1,
+        "steps": 800,
+        "images": 500,
+        "sweep_images": 16,
+        "pairs": 64,
+        "net": "mlp",
+    },
     "quick": {},
 }
 
@@ -127,7 +138,7 @@ def plan(config: Config, device: torch.device) -> list[tuple[str, dict[str, Any]
                         key: getattr(config, key)
                         for key in ("latents", "net", "steps", "batch_size", "lr", "precision")
                     },
-                    **{key: getattr(config, key) for key in ("images", "sweep_images")},
+                    **{key: getattr(config, key) for key in ("images", "sweep_images", "pairs")},
                     "device": device.type,
                 }
                 runs.append((label, settings))
@@ -155,6 +166,10 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
     )
     seconds = time.perf_counter() - started
     measured = measure(trained.model, ds, images=c["images"], sweep_images=c["sweep_images"], seed=EVALUATION_SEED)
+    inputs = {
+        "trained": manipulate(trained.model, ds, pairs=c["pairs"], seed=EVALUATION_SEED),
+        "untrained": manipulate(model, ds, pairs=c["pairs"], seed=EVALUATION_SEED),
+    }
     for grid, effects in measured.effects.items():
         effects.save(run.path / f"effects-{grid}.safetensors")
     write_tensors(run.path / "pictures.safetensors", "pictures", measured.pictures, {})
@@ -163,6 +178,7 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
         "metrics": measured.metrics,
         "replicates": measured.replicates,
         "latents": measured.latents,
+        "inputs": inputs,
         "control": {"untrained": untrained.metrics},
         "definitions": {name: {"unit": unit, "definition": text} for name, (unit, text) in DEFINITIONS.items()},
         "history": trained.history.to_dict("records"),
@@ -199,9 +215,9 @@ def _checked(config: Config) -> torch.device:
     for key in ("seeds", "latents", "steps", "batch_size"):
         if getattr(config, key) < 1:
             raise InputError(f"{key}: expected at least 1, got {getattr(config, key)}")
-    for key in ("images", "sweep_images"):
-        if getattr(config, key) < 2:
-            raise InputError(f"{key}: expected at least 2, got {getattr(config, key)}")
+    for key in ("images", "sweep_images", "pairs"):
+        if getattr(config, key) < MINIMUM[key]:
+            raise InputError(f"{key}: expected at least {MINIMUM[key]}, got {getattr(config, key)}")
     if not config.data or not config.architectures:
         raise InputError("data, architectures: expected at least one of each")
     if config.device not in ("auto", "cpu", "cuda"):

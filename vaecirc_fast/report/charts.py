@@ -115,17 +115,17 @@ def curves(
 ) -> str:
     """Lines with bands, each named where it ends. The height axis starts at 0, or is logarithmic, up to `top`."""
     names = max((len(curve.name) for curve in drawn), default=0)
-    right, bottom = WIDE - (8 + CHARACTER * names if names else 10), 196.0
+    right, bottom = WIDE - (20 + CHARACTER * names if names else 10), 196.0
     ys = [v for curve in drawn for v in curve.y]
     xs = [v for curve in drawn for v in curve.x]
     if log and min(ys) > 0:
         low, high = min(ys) / 1.06, max(ys) * 1.06
     else:
         log, low, high = False, min(0.0, *ys), svg.rounded_up(top or max(ys))
-    y = Scale(low, high, bottom, 26, log)
-    left = 10 + 6.2 * max(map(len, svg.tick_labels(y.ticks())), default=1)
-    x = Scale(min(xs), max(xs), left, right)
-    parts = [y_axis(y, left, right, y_label), x_axis(x, bottom, x_label, count=5)]
+    y = Scale(low, high, bottom, 30, log)
+    left = 10 + 6.2 * max(map(len, svg.tick_labels(y.ticks(6 if log else 4))), default=1)
+    x = Scale(min(0.0, *xs), max(xs), left, right)
+    parts = [y_axis(y, left, right, y_label, 6 if log else 4), x_axis(x, bottom, x_label, count=5)]
     for curve in drawn:
         if curve.low is not None and curve.high is not None:
             edge = [(x(a), y(b)) for a, b in zip(curve.x, curve.high, strict=True)]
@@ -138,7 +138,8 @@ def curves(
     named = [curve for curve in drawn if curve.name]
     heights = spread([y(curve.y[-1]) for curve in named], 11.5, 20, bottom)
     for curve, at in zip(named, heights, strict=True):
-        parts.append(text(right + 5, at + 3.8, curve.name, cls="name", style=f"fill:{curve.colour}"))
+        parts.append(line(right + 5, at, right + 14, at, "sample", stroke=curve.colour))
+        parts.append(text(right + 17, at + 3.8, curve.name, cls="name"))
     return picture("".join(parts), WIDE, bottom + 36, what)
 
 
@@ -154,7 +155,7 @@ class Bar:
 def bars(drawn: Sequence[Bar], y_label: str, what: str, top: float) -> str:
     """Bars with whiskers from 0 up to `top`; those not `filled` are hollow."""
     bottom = 176.0
-    y = Scale(0, top, bottom, 26)
+    y = Scale(0, top, bottom, 30)
     left = 10 + 6.2 * max(map(len, svg.tick_labels(y.ticks())), default=1)
     pitch = (WIDE - 6 - left) / len(drawn)
     width = min(26.0, 0.66 * pitch)

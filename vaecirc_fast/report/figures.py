@@ -16,7 +16,7 @@ from . import charts, pictures, svg
 from .aggregate import Group
 from .charts import COLOURS, Bar, Curve, Dots
 from .results import Run
-from .words import metric_name, number
+from .words import counted, metric_name, number
 
 NAMED = 5  # the strongest latents, which get a colour, a band and a name in the step curves
 GREY = "#8a8a8a"
@@ -176,19 +176,19 @@ def step_curves(data: str, groups: Sequence[Group]) -> Figure:
     for group in groups:
         order = [row["latent"] for row in _order(group.shown)]
         for grid, x_label in (("fixed", "step δ, units of z"), ("posterior", "step t, posterior sd")):
-            title = f"{group.label}, seed {group.shown.seed}: {'raw' if grid == 'fixed' else 'posterior'} steps"
+            title = f"{data}, {group.label}, seed {group.shown.seed}: {'raw' if grid == 'fixed' else 'posterior'} steps"
             effects = found[id(group), grid]
             if effects is None:
                 panels.append(Panel(title, missing=f"effects-{grid}.safetensors cannot be read."))
                 continue
             top = max(float(values.max()) for (_, other), values in means.items() if other == grid)
             drawn = _step_lines(effects, means[id(group), grid], order)
-            drawing = charts.curves(drawn, x_label, "mean |Δy|, intensity", f"{data}, {title}", top=top)
+            drawing = charts.curves(drawn, x_label, "mean |Δy|, intensity", title, top=top)
             panels.append(Panel(title, drawing, _mark(group.shown)))
     caption = Markup(
         f"Mean absolute change of the output under do(<i>z<sub>i</sub></i> := <i>μ<sub>i</sub></i> + step), averaged "
-        f"over pixels and swept images. The {NAMED} latents of greatest posterior CES in colour, with 95&nbsp;% "
-        "bootstrap bands over images; the others in grey. A step of zero changes nothing by definition. "
+        f"over pixels and swept images. The {counted(NAMED, 'latent')} of greatest posterior CES in colour, with "
+        "95&nbsp;% bootstrap bands over images; the others in grey. A step of zero changes nothing by definition. "
         "CES is the mean of height over |step|: a straight line would mean an effect proportional to the step."
     )
     return Figure(f"steps-{_slug(data)}", f"{data}: effect against step.", caption, tuple(panels))
@@ -228,8 +228,8 @@ def effect_maps(data: str, groups: Sequence[Group]) -> Figure:
 
     caption = Markup(
         "Effect of each latent on each cell of an 8 × 8 mosaic over the image: mean "
-        "<span class='formula'>|Δ<i>y</i>|/|<i>t</i>|</span> on the posterior grid, averaged over the cell's pixels and "
-        "the swept images; from the greatest posterior CES to the least. One scale for all maps of the data set. "
+        "<span class='formula'>|Δ<i>y</i>|/|<i>t</i>|</span> on the posterior grid, averaged over the cell's pixels "
+        "and the swept images; from the greatest posterior CES to the least. One scale for all maps of the data set. "
         "Specificity says how unevenly a map is spread over its cells."
     )
     scale = svg.Scale(0, top, 0, 1)
@@ -260,7 +260,7 @@ def _panels(groups: Sequence[Group], draw: Callable[[Run], str], file: str = "")
     panels = []
     for group in groups:
         run = group.shown
-        title = f"{group.label}, seed {run.seed}"
+        title = f"{group.data}, {group.label}, seed {run.seed}"
         if file in run.unreadable:
             panels.append(Panel(title, mark=_mark(run), missing=f"{file} of {run.path.name} cannot be read."))
         else:

@@ -9,11 +9,12 @@ from markupsafe import Markup
 
 from .._files import write_text
 from . import figures
+from .abstract import abstract, sizes
 from .aggregate import Group, definitions, groups
 from .figures import Figure
 from .results import Study, read
 from .tables import ROWS, LatentTable, Places, latent_table, machines, main_blocks, run_rows, settings
-from .words import counted, data_name, decimals, listed, metric_name, number, plain, typeset
+from .words import counted, data_name, listed, metric_name, typeset
 
 LIMIT = 2_700_000  # characters of figures and tables of latents, which leaves the rest of 3 MB to text and runs
 
@@ -73,97 +74,6 @@ def render(study: Study) -> str:
     )
 
 
-def abstract(study: Study, found: Sequence[Group], places: Places) -> list[str]:
-    """What was done and found, in sentences made from the runs."""
-    runs = study.runs
-    models = listed(dict.fromkeys(group.label for group in found))
-    data = listed(dict.fromkeys(group.data for group in found))
-    steps = " or ".join(dict.fromkeys(plain(run.config.get("steps")) for run in runs))
-    batch = " or ".join(dict.fromkeys(plain(run.config.get("batch_size")) for run in runs))
-    judged, swept = _sizes(study)
-    sentences = [
-        f"{counted(len(runs), 'autoencoder').capitalize()} ({models} on {data}; "
-        f"{counted(len({run.seed for run in runs}), 'seed')}) "
-        f"{'was' if len(runs) == 1 else 'were'} trained for {steps} steps of {batch} images, judged on {judged} "
-        f"images, and swept latent by latent on {swept} of them: each latent was set to other values, everything else "
-        "kept, and the change of the decoded image measured."
-    ]
-    good = [run for run in runs if run.trained]
-    bad = [run.path.name for run in runs if not run.trained]
-    rule = "its reconstruction error is at most half of the mean image's and at least three latents are active"
-    if not bad:
-        whole = (
-            "It counts"
-            if len(runs) == 1
-            else "Both count"
-            if len(runs) == 2
-            else f"All {counted(len(runs), '').strip()} count"
-        )
-        sentences.append(f"{whole} as trained: {rule}." if len(runs) == 1 else f"{whole} as trained (of each, {rule}).")
-    elif good:
-        sentences.append(
-            f"{len(good)} of {len(runs)} count as trained (of each, {rule}). Not trained, marked below and part of no "
-            f"aggregate: {listed(bad)}."
-        )
-    else:
-        sentences.append(
-            f"None counts as trained (of each, {rule}), so there is no aggregate; what follows shows single runs, "
-            "each so marked."
-        )
-    return sentences + _strengths(found, places)
-
-
-def _strengths(found: Sequence[Group], places: Places) -> list[str]:
-    """Posterior CES of the trained groups against their controls."""
-    name = "ces_posterior"
-    measured = [(group, cell) for group in found if (cell := group.cells.get(name)) and cell.estimate and cell.control]
-    if not measured:
-        return []
-
-    def shown(group: Group, value: float) -> str:
-        return number(value, places.mean(group.data, name))
-
-    ranked = sorted(measured, key=lambda pair: pair[1].estimate.value)
-    (least, low), (most, high) = ranked[0], ranked[-1]
-    where = [f"{shown(g, c.estimate.value)} ({g.data}, {g.label})" for g, c in ((least, low), (most, high))]
-    span = f"is {where[0]}" if len(measured) == 1 else f"runs from {where[0]} to {where[1]}"
-    ratios = [c.estimate.value / c.control.value for _, c in measured if c.control.value > 0]
-    against = ""
-    if ratios:
-        p = decimals([min(ratios)], 2)
-        ends = [number(min(ratios), p), number(max(ratios), p)]
-        against = f", or {ends[0] if ends[0] == ends[1] else ' to '.join(ends)} times that of the untrained networks"
-    sentences = [f"Posterior CES, the mean over all latents, {span} intensity per posterior sd{against}."]
-    bounded = [c for _, c in measured if c.side != "unknown"]
-    if bounded:
-        clear = sum(c.side == "above" for c in bounded)
-        sentences.append(
-            f"Its 95 % interval over seeds lies wholly above the control's in {clear} of {len(bounded)} "
-            f"{'configuration' if len(bounded) == 1 else 'configurations'}."
-        )
-    if min(len(group.trained) for group, _ in measured) < 4:
-        sentences.append(
-            "With so few seeds an interval over seeds is wide, and a difference that does not clear it is open."
-        )
-    return sentences
-
-
-def _sizes(study: Study) -> tuple[str, str]:
-    """How many images models were judged and swept on, in words; by data set where they differ."""
-    return _size(study, "reconstruction"), _size(study, "ces_posterior")
-
-
-def _size(study: Study, metric: str) -> str:
-    found: dict[str, list[str]] = {}
-    for run in study.runs:
-        n = run.result["metrics"].get(metric, {}).get("n")
-        if n is not None:
-            found.setdefault(plain(n), []).append(data_name(run.config["data"]))
-    if len(found) < 2:
-        return next(iter(found), "some")
-    return " or ".join(f"{n} ({listed(dict.fromkeys(data))})" for n, data in found.items())
-
-
 def _dropped(study: Study, metric: str) -> str:
     """Which factors a metric leaves out, because they have one value."""
     found: dict[str, list[str]] = {}
@@ -175,7 +85,7 @@ def _dropped(study: Study, metric: str) -> str:
 
 
 def _resampled(study: Study) -> str:
-    judged, swept = _sizes(study)
+    judged, swept = sizes(study)
     return f"{judged} images for reconstruction and MIG, the {swept} swept ones for CES and specificity"
 
 
@@ -195,7 +105,7 @@ def _detail(
     """The figures by section, numbered, as many as fit; the tables of latents; how many figures do not fit."""
     by_data = {data: [group for group in found if group.data == data] for data in dict.fromkeys(g.data for g in found)}
     makers = [
-        ("results", lambda: figures.against_untrained(found, metrics)),
+        *([("results", lambda: figures.against_untrained(found, metrics))] if any(g.trained for g in found) else []),
         ("training", lambda: figures.training_curves(found)),
         *(("pictures", lambda a=a, g=g: figures.reconstructions(a, g)) for a, g in by_data.items()),
         *(("pictures", lambda a=a, g=g: figures.traversals(a, g)) for a, g in by_data.items()),

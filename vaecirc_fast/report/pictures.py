@@ -56,7 +56,7 @@ def image_rows(
         parts.append(text(left + side * c + inner / 2, 11, head, "middle", "tick"))
     for r, label in enumerate(labels):
         cls = "label faint" if r < len(faint) and faint[r] else "label"
-        parts.append(text(0, top + pitch * r + inner / 2 + 4, label, cls=cls))
+        parts.append(text(left - 9, top + pitch * r + inner / 2 + 4, label, "end", cls))
     return picture("".join(parts), left + side * columns, top + pitch * rows, what)
 
 

@@ -133,10 +133,10 @@ def _check(result: dict[str, Any]) -> None:
     for draws in result["replicates"].values():
         if not all(isinstance(draw, int | float) and math.isfinite(draw) for draw in draws):
             raise ValueError("replicates are not all numbers")
-    for row in result["latents"]:
-        row["latent"], row["active"]
-    for row in result["history"]:
-        row["step"]
+    rows = [(row, ("latent", "active")) for row in result["latents"]] + [(row, ("step",)) for row in result["history"]]
+    for row, keys in rows:
+        for key in keys:
+            row[key]
 
 
 def _problem(load: Any, file: Path) -> str:

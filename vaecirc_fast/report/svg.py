@@ -127,7 +127,7 @@ def y_axis(scale: Scale, x: float, right: float, label: str = "", count: int = 4
         at = scale(tick)
         parts += [line(x, at, right, at, "grid"), text(x - 6, at + 3.6, words, "end", "tick")]
     if label:
-        parts.append(text(0, scale.stop - 10, label, "start", "label"))
+        parts.append(text(0, scale.stop - 14, label, "start", "label"))
     return "".join(parts)
 
 

@@ -87,7 +87,7 @@ def main_blocks(groups: Sequence[Group], names: Iterable[str], places: Places) -
                 _trained_count(group),
                 [_estimated(cell, p) for cell, p in zip(cells, means, strict=True)],
                 [_controlled(cell, p) for cell, p in zip(cells, controls, strict=True)],
-                f"seed{'s' if len(seeds) > 1 else ''} {_ranged(seeds)}" if seeds else "",
+                f"seed{'s' if len(seeds) > 1 else ''} {ranged(seeds)}" if seeds else "",
                 [_values(cell, p) for cell, p in zip(cells, singles, strict=True)],
             )
         )
@@ -101,7 +101,7 @@ def _trained_count(group: Group) -> str:
     return "not trained" if not trained else f"{counted(trained, 'seed')}; {all_ - trained} more not trained"
 
 
-def _ranged(seeds: Sequence[int]) -> str:
+def ranged(seeds: Sequence[int]) -> str:
     """ "0, 1", or "0–9" for three and more in a row."""
     if len(seeds) > 2 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds))):
         return f"{seeds[0]}–{seeds[-1]}"
@@ -236,7 +236,7 @@ def settings(runs: Sequence[Run]) -> list[tuple[str, str]]:
     rows = [
         ("data sets", listed(dict.fromkeys(data_name(c["data"]) for c in configs))),
         ("architectures", listed(dict.fromkeys(model_name(c) for c in configs))),
-        ("seeds", _ranged(seeds)),
+        ("seeds", ranged(seeds)),
     ]
     known = {"study", "data", "architecture", "options", "seed"}
     for key in dict.fromkeys(key for config in configs for key in config if key not in known):
@@ -250,7 +250,7 @@ def machines(runs: Sequence[Run]) -> list[tuple[str, str]]:
     names = {
         "version": "vaecirc_fast",
         "torch": "torch",
-        "device": "device",
+        "device": "processor",
         "instruction_set": "instruction set",
         "threads": "threads",
     }

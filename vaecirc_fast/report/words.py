@@ -38,7 +38,7 @@ def model_name(config: Mapping[str, Any]) -> str:
     """The architecture and its options: "β-VAE (β = 4)"."""
     name = config["architecture"]
     options = ", ".join(f"{_LETTERS.get(k, k)} = {plain(v)}" for k, v in config.get("options", {}).items())
-    return _MODELS.get(name, name.replace("_", " ")) + (f" ({options})" if options else "")
+    return str(_MODELS.get(name, name.replace("_", " "))) + (f" ({options})" if options else "")
 
 
 def decimals(values: Iterable[float | None], digits: int = 3) -> int:

@@ -13,8 +13,8 @@ import vaecirc_fast as vf
 from vaecirc_fast import groups as partitions
 from vaecirc_fast import models
 from vaecirc_fast.errors import InputError
-from vaecirc_fast.interventions import latents, posterior_scale
 from vaecirc_fast.interventions import latent_sweep as sweep
+from vaecirc_fast.interventions import latents, posterior_scale
 from vaecirc_fast.metrics.statistics import poisson_weights
 
 N, L = 3, 3

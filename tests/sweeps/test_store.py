@@ -35,7 +35,7 @@ def test_the_id_is_the_configurations_whatever_the_order_of_its_keys(tmp_path):
 
 
 def test_the_id_is_the_same_in_every_process_and_version(tmp_path):
-    """SHA-256 of the text {"a":[0.1,null,"x"],"b":1}; if it changes, every finished run of every user is measured again."""
+    """SHA-256 of the text {"a":[0.1,null,"x"],"b":1}; if it changes, all finished runs are measured again."""
     assert RunStore(tmp_path).run("a", {"b": 1, "a": [0.1, None, "x"]}).id == "3cbe6ba4a782"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
@@ -14,9 +15,10 @@ from .aggregate import Group, definitions, groups
 from .figures import Figure
 from .results import Study, read
 from .tables import ROWS, LatentTable, Places, latent_table, machines, main_blocks, run_rows, settings
-from .words import counted, data_name, listed, metric_name, typeset
+from .words import data_name, listed, metric_name, typeset
 
-LIMIT = 2_700_000  # characters of figures and tables of latents, which leaves the rest of 3 MB to text and runs
+LIMIT = 2_850_000  # bytes of a page, about: below 3 MB
+DETAILED = 24  # configurations that figures show
 
 # arXiv 2505.03530, first version, from its public text: disentanglement and effect, on that paper's own scale.
 YARDSTICKS = {"vae": ("VAE", ".064", "3.99"), "beta_vae": ("β-VAE", ".051", "3.43")}
@@ -46,12 +48,12 @@ def render(study: Study) -> str:
     places = Places(found)
     shared = [name for name in metrics if any(name in run.result["replicates"] for run in study.runs if run.trained)]
     data = list(dict.fromkeys(group.data for group in found))
-    sections, tables, left_out = _detail(found, metrics)
+    detail = _detail(found, metrics)
     return environment.get_template("page.html").render(
         style=Markup((here / "page.css").read_text(encoding="utf-8")),
         title=f"Causal effects of latents: {listed(data)}",
         abstract=abstract(study, found, places),
-        notes=_notes(study, left_out),
+        notes=[*study.notes, *(f"{r.path.name}: {note}" for r in study.runs for note in r.notes), *detail.notes],
         settings=settings(study.runs),
         machines=machines(study.runs),
         metrics=[
@@ -63,8 +65,8 @@ def render(study: Study) -> str:
         resampled=_resampled(study),
         runs=run_rows(found, metrics, places),
         more_runs=max(0, len(study.runs) - ROWS),
-        sections=sections,
-        latents=tables,
+        sections=detail.sections,
+        latents=detail.tables,
         single=any(len(group.trained) == 1 for group in found),
         yardsticks=[
             YARDSTICKS[name]
@@ -89,47 +91,65 @@ def _resampled(study: Study) -> str:
     return f"{judged} images for reconstruction and MIG, the {swept} swept ones for CES and specificity"
 
 
-def _notes(study: Study, left_out: int) -> list[str]:
-    notes = [*study.notes, *(f"{run.path.name}: {note}" for run in study.runs for note in run.notes)]
-    if left_out:
-        notes.append(
-            f"{counted(left_out, 'figure').capitalize()} left out to keep this page below 3 MB; the files that "
-            "they are drawn from are in the runs' directories."
-        )
-    return notes
+@dataclass(frozen=True)
+class Detail:
+    """What is shown of single runs: figures by section, with their numbers; tables of latents; notes on what is not."""
+
+    sections: dict[str, list[tuple[int, Figure]]]
+    tables: list[LatentTable]
+    notes: list[str]
 
 
-def _detail(
-    found: Sequence[Group], metrics: Mapping[str, tuple[str, str]]
-) -> tuple[dict[str, list[tuple[int, Figure]]], list[LatentTable], int]:
-    """The figures by section, numbered, as many as fit; the tables of latents; how many figures do not fit."""
-    by_data = {data: [group for group in found if group.data == data] for data in dict.fromkeys(g.data for g in found)}
-    makers = [
-        *([("results", lambda: figures.against_untrained(found, metrics))] if any(g.trained for g in found) else []),
-        ("training", lambda: figures.training_curves(found)),
-        *(("pictures", lambda a=a, g=g: figures.reconstructions(a, g)) for a, g in by_data.items()),
-        *(("pictures", lambda a=a, g=g: figures.traversals(a, g)) for a, g in by_data.items()),
-        *(("effects", lambda a=a, g=g: figures.strengths(a, g)) for a, g in by_data.items()),
-        *(("effects", lambda a=a, g=g: figures.step_curves(a, g)) for a, g in by_data.items()),
-        *(("effects", lambda a=a, g=g: figures.effect_maps(a, g)) for a, g in by_data.items()),
-    ]
-    sections: dict[str, list[tuple[int, Figure]]] = {"results": [], "training": [], "pictures": [], "effects": []}
-    size = count = left_out = 0
-    tables = []
+def _detail(found: Sequence[Group], metrics: Mapping[str, tuple[str, str]]) -> Detail:
+    """The figures and the tables of latents, as many as fit on one page."""
+    by_data: dict[str, list[Group]] = {}
     for group in found:
+        by_data.setdefault(group.data, []).append(group)
+    most = max(1, DETAILED // len(by_data))
+    by_data = {data: members[:most] for data, members in by_data.items()}
+    chosen = [group for members in by_data.values() for group in members]
+    notes = []
+    if len(chosen) < len(found):
+        notes.append(
+            f"Figures and tables of latents show {len(chosen)} of {len(found)} configurations, the first {most} of "
+            "each data set; Tables 1 and 2 have them all."
+        )
+    runs = sum(len(group.runs) for group in found)
+    tables, size = [], 1_300 * min(runs, ROWS) + 4_000 * len(found)  # what Tables 1 and 2 take, about
+    for group in chosen:
         table = latent_table(group)
         size += 700 * len(table.rows)  # what a row takes as HTML, about
-        if size < LIMIT / 3:
+        if size < LIMIT / 2:
             tables.append(table)
-    for section, make in makers:
-        figure = make()
-        weight = sum(len(panel.drawing.encode()) for panel in figure.panels)
+
+    sections: dict[str, list[tuple[int, Figure]]] = {"results": [], "training": [], "pictures": [], "effects": []}
+    left_out = []
+    for section, figure in _figures(by_data, chosen, metrics):
+        weight = sum(len(panel.drawing) for panel in figure.panels)
         if size + weight > LIMIT:
-            left_out += 1
+            left_out.append(figure.title.rstrip("."))
             continue
-        size, count = size + weight, count + 1
-        sections[section].append((count, figure))
-    return sections, tables, left_out
+        size += weight
+        sections[section].append((1 + sum(map(len, sections.values())), figure))
+    if left_out or len(tables) < len(chosen):
+        what = [*left_out, *["tables of latents"] * (len(tables) < len(chosen))]
+        notes.append(f"Left out to keep this page below 3 MB: {listed(what)}. The runs' directories hold the data.")
+    return Detail(sections, tables, notes)
+
+
+def _figures(
+    by_data: Mapping[str, Sequence[Group]], chosen: Sequence[Group], metrics: Mapping[str, tuple[str, str]]
+) -> Iterator[tuple[str, Figure]]:
+    """Section and figure, in the order of the page."""
+    if any(group.trained for group in chosen):
+        yield "results", figures.against_untrained(chosen, metrics)
+    yield "training", figures.training_curves(chosen)
+    for make in (figures.reconstructions, figures.traversals):
+        for data, members in by_data.items():
+            yield "pictures", make(data, members)
+    for make in (figures.strengths, figures.step_curves, figures.effect_maps):
+        for data, members in by_data.items():
+            yield "effects", make(data, members)
 
 
 def _letters() -> Iterator[str]:

@@ -15,8 +15,9 @@ LABELS = 76.0  # room for the longest label, "z₁₀ inactive", so that the pan
 
 def sheet(images: np.ndarray) -> tuple[np.ndarray, int]:
     """Images (rows, columns, C, H, W) uint8 side by side with thin white gaps: (H', W') grey or (H', W', 3), and the
-    width of a gap.
+    width of a gap. Small ones are enlarged, as not everything that shows a page keeps pixels square.
     """
+    images = enlarged(images, 40)
     rows, columns, channels, height, width = images.shape
     gap = max(1, width // 16)
     page = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8)
@@ -25,6 +26,12 @@ def sheet(images: np.ndarray) -> tuple[np.ndarray, int]:
             y, x = r * (height + gap), c * (width + gap)
             page[y : y + height, x : x + width] = images[r, c].transpose(1, 2, 0)
     return (page[..., 0] if channels == 1 else page), gap
+
+
+def enlarged(images: np.ndarray, side: int) -> np.ndarray:
+    """Images (..., H, W) with every pixel repeated so often that they are at least `side` wide."""
+    times = max(1, -(-side // images.shape[-1]))
+    return images.repeat(times, axis=-2).repeat(times, axis=-1)
 
 
 def image_rows(
@@ -72,7 +79,7 @@ def maps(values: np.ndarray, labels: Sequence[str], faint: Sequence[bool], top: 
         parts.append(
             tag(
                 "image",
-                href=png(shades[n], PALETTE),
+                href=png(enlarged(shades[n], 64), PALETTE),
                 x=x,
                 y=y,
                 width=side,

@@ -9,8 +9,8 @@ import torch
 from training.blobs import Blobs
 
 from vaecirc_fast import models
-from vaecirc_fast.errors import InputError, TrainingDiverged
 from vaecirc_fast._tensor_files import read_tensors
+from vaecirc_fast.errors import InputError, TrainingDiverged
 from vaecirc_fast.training import fit, progress
 from vaecirc_fast.training.checkpoints import CHECKPOINT, MODEL
 from vaecirc_fast.training.schedules import learning_rate
@@ -90,7 +90,7 @@ def test_auto_precision(monkeypatch):
     for native in (True, False):
         monkeypatch.setattr("vaecirc_fast.training.settings._native_bf16", lambda device, native=native: native)
         assert resolved_precision(new_model(), "auto") == ("bf16" if native else "fp32")
-        assert resolved_precision(new_model(net="mlp"), "auto") == "fp32"
+        assert resolved_precision(new_model(net="mlp"), "auto") == ("bf16" if native else "fp32")
         assert resolved_precision(new_model().double(), "auto") == "fp32"
 
 

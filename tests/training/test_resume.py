@@ -89,10 +89,10 @@ def test_full_size_and_two_threads(tmp_path, precision):
         torch.manual_seed(seed)
         return models.build("vae", (1, 64, 64))
 
-    options = {"precision": precision, "batch_size": 32, "steps": 4}
+    options = {"precision": precision, "batch_size": 16, "steps": 3}
     undisturbed = train(model(0), Blobs(64), **options)
     with pytest.raises(KeyboardInterrupt):
-        train(model(0), Interrupted(3, stop, side=64), out=tmp_path, **options)
+        train(model(0), Interrupted(2, stop, side=64), out=tmp_path, **options)
     resumed = train(model(9), Blobs(64), out=tmp_path, **options)
     assert_identical(weights(undisturbed.model), weights(resumed.model))
 
@@ -111,7 +111,7 @@ def test_killed_run_resumes_bit_identical(tmp_path, precision):
         reached.append(step)
 
     options = {"precision": precision, "checkpoint_every": 1000, "log_every": 5}
-    steps = 200
+    steps = 100
     run = train(
         new_model(seed=9), out=tmp_path / "b", steps=steps, progress=lambda step, terms: reached.append(step), **options
     )

@@ -17,6 +17,7 @@ from .. import models
 from ..data.dataset import Dataset
 from ..errors import TrainingDiverged
 from ..models import VAE
+from .allocator import kept_memory
 from .checkpoints import CHECKPOINT, MODEL, all_finite, checked_directory, read_checkpoint, write_checkpoint
 from .interrupts import delayed_interrupt
 from .progress import reporter
@@ -70,9 +71,9 @@ def fit(
     `out`: a directory for `checkpoint.safetensors`, written every `checkpoint_every` steps and resumed from if there,
     and the finished `model.safetensors`. A run that is already finished returns at once. Under the constant schedule
     `steps` may be raised later. `schedule` ("constant", "linear", "cosine") and `warmup` steps: see `learning_rate`.
-    `precision`: "fp32", "bf16" (autocast; weights, losses and Adam stay float32) or "auto", which is bf16 for
-    convolutional nets on hardware that has it. `progress`: a bar on a terminal and rare lines elsewhere, nothing if
-    False, or a function called with (step, terms) at every logged step: the first, each `log_every`-th and the last.
+    `precision`: "fp32", "bf16" (autocast; weights, losses and Adam stay float32) or "auto", which is bf16 on
+    hardware that has it (see `resolved_precision`). `progress`: a bar on a terminal and rare lines elsewhere, nothing
+    if False, or a function called with (step, terms) at each logged step: the first, every `log_every`-th and the last.
 
     Raises InputError for wrong arguments, an `out` that cannot be written, and a checkpoint that is damaged or of
     other settings; TrainingDiverged when the loss or the weights stop being finite (checked at every step on a CPU;
@@ -94,7 +95,13 @@ def fit(
     checked_count("log_every", log_every, 1)
     directory = None if out is None else checked_directory(out)
     was_training = model.training
-    with _training_layout(model, settings), _deterministic(), delayed_interrupt() as check_interrupt:
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    with (
+        kept_memory(on_cpu),
+        _training_layout(model, settings),
+        _deterministic(),
+        delayed_interrupt() as check_interrupt,
+    ):
         trainer = _Trainer(model, ds, settings, directory, log_every, progress if callable(progress) else None)
         first = trainer.resume()
         began = time.perf_counter()

@@ -18,9 +18,9 @@ class Folder(Dataset):
     """The images below a directory, resized to `side` x `side`; its subfolders, in the order of their names, are the
     classes.
 
-    root: the directory. One factor "class" (one value where there are no subfolders). Colour images have 3 channels; if
-    every image is grey there is 1. All are decoded once and kept as uint8. InputError names an unreadable file, an
-    empty folder.
+    root: the directory. One factor "class" (one value where there are no subfolders). Names that begin with a dot are
+    left out. Colour images have 3 channels, transparency dropped; if every image is grey there is 1. All are decoded
+    once and kept as uint8. InputError names an unreadable file, an empty folder, an image beside the classes.
     """
 
     name = "folder"
@@ -39,6 +39,8 @@ class Folder(Dataset):
         if side < 8:
             raise InputError(f"side: expected at least 8 pixels, got {side}")
         classes = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) or [root]
+        if classes != [root] and (beside := [f for f in _images_in(root) if f.parent == root]):
+            raise InputError(f"folder: {beside[0]} lies beside the classes; move it into a subfolder")
         files = [(k, f) for k, folder in enumerate(classes) for f in _images_in(folder)]
         for k, folder in enumerate(classes):
             if not any(label == k for label, _ in files):
@@ -63,16 +65,23 @@ class Folder(Dataset):
 
 
 def _images_in(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    found = (f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts))
 
 
 def _read(file: Path, side: int) -> np.ndarray:
     """(side, side, 3) uint8: the largest centred square, resized."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            return np.asarray(ImageOps.fit(upright, (side, side), Image.Resampling.LANCZOS))
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16") or upright.mode == "I" and image.format == "PNG":
+                # 16 bits: `convert` would clip them at 255
+                upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
+            elif upright.mode in ("I", "F"):
+                raise ValueError("32 bits a pixel, whose range is unknown")
+            fitted = ImageOps.fit(upright.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+            return np.asarray(fitted)
+    except Exception as error:  # on damaged files the decoders raise anything, struct.error among others
         raise InputError(f"folder: {file} is not a readable image ({error}); repair or remove it") from error

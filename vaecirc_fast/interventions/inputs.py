@@ -58,8 +58,10 @@ def factor_pairs(
 def mask_region(x: Tensor, rows: slice, columns: slice, value: float | Tensor = 0.0) -> Tensor:
     """Images x (N, C, H, W) with a rectangle set to `value`: a number, or an image (C, H, W) such as the mean."""
     _check_region(x, rows, columns)
+    if isinstance(value, Tensor) and value.ndim and value.shape != x.shape[1:]:
+        raise InputError(f"value: expected a number or an image {tuple(x.shape[1:])}, got {tuple(value.shape)}")
     changed = x.clone()
-    fill = value[..., rows, columns] if isinstance(value, Tensor) else value
+    fill = value[:, rows, columns] if isinstance(value, Tensor) and value.ndim else value
     changed[:, :, rows, columns] = fill
     return changed
 
@@ -95,8 +97,11 @@ def redraw_columns(
     chosen = list(dict.fromkeys(columns))
     if not chosen or min(chosen) < 0 or max(chosen) >= width:
         raise InputError(f"columns: expected some of 0..{width - 1}, got {list(columns)}")
+    if neighbours < 1:
+        raise InputError(f"neighbours: expected at least 1, got {neighbours}")
+    device = generator.device if generator is not None else torch.device("cpu")
     if how == "marginal":
-        cycle = torch.randperm(n, generator=generator)
+        cycle = torch.randperm(n, generator=generator, device=device)
         donors = torch.empty_like(cycle)
         donors[cycle] = cycle.roll(1)  # a random cycle: nobody gives to itself
     elif how == "neighbour":
@@ -116,7 +121,9 @@ class InputEffects:
     """What each manipulation of the input does to each unit: the factor x unit matrix.
 
     tensor: (variant, unit), mean over pairs of mean |change of the unit's activation|, in sd of that activation over
-    the base inputs (0 for a unit that never varies and never moves). variants: names; sites, units: of each column.
+    the base inputs. A unit that does not vary over them has no such unit of measurement: 0 if no variant moves it
+    either, NaN in every row if one does. float64 where a site's activations are, else float32.
+    variants: names; sites, units: of each column.
     replicates: (replicate, variant, unit), Poisson bootstrap over pairs.
     """
 
@@ -157,9 +164,10 @@ def input_effects(
     `module`.
 
     sites: dotted paths or shell-style patterns. unit: "channel", the first axis of a site's output after the batch, or
-    "element". The module is called as module(x) in eval mode; its modes are restored. Memory does not grow with N.
-    InputError for shapes that differ from the base's, a site that matches nothing, is not reached or gives no tensor,
-    NaN.
+    "element". The module is called as module(x) in eval mode; its modes are restored. Of a site that runs more than
+    once in a call, the last output counts. Memory does not grow with N.
+    InputError for shapes that differ from the base's, a site that matches nothing, is not reached, gives no float
+    tensor (N, ...), or gives NaN.
     """
     if unit not in ("channel", "element"):
         raise InputError(f"unit: expected 'channel' or 'element', got {unit!r}")
@@ -172,40 +180,57 @@ def input_effects(
             raise InputError(
                 f"variants: {name!r} is {x.dtype} {tuple(x.shape)}, the base {base.dtype} {tuple(base.shape)}"
             )
+    if batch_size < 1:
+        raise InputError(f"batch_size: expected at least 1, got {batch_size}")
     names = list(dict.fromkeys(name for pattern in sites for name in matching_sites(module, pattern)))
     if not names:
         raise InputError("sites: expected at least one")
-    total = None
+    total = pivots = None
+    labels: list[tuple[str, int]] = []
+    dtype = torch.float32
     with _recording(module, names) as record:
         for start in range(0, len(base), batch_size):
             rows = slice(start, start + batch_size)
             before = record(base[rows])
             partitions = {name: _units(before[name], unit) for name in names}
-            moments = torch.cat([_moments(before[name], partitions[name]) for name in names], 1)
+            if pivots is None:
+                pivots = {name: _first(before[name], partitions[name]) for name in names}
+                labels = [(name, u) for name in names for u in range(len(partitions[name]))]
+            moments = torch.cat([_moments(before[name], partitions[name], pivots[name]) for name in names], 1)
             moved = []
             for x in variants.values():
                 after = record(x[rows])
                 parts = (_moved(before[name], after[name], partitions[name]) for name in names)
                 moved.append(torch.cat(list(parts), 1))
-            effects = torch.stack(moved, 1).double().cpu()
-            if not bool(torch.isfinite(effects).all()):
-                raise InputError("module: a site's activation is NaN or infinite")
+            stacked = torch.stack(moved, 1)
+            dtype, effects = stacked.dtype, stacked.double().cpu()
+            broken = (~torch.isfinite(effects)).any(0).any(0)
+            if bool(broken.any()):
+                raise InputError(f"sites: {labels[int(broken.nonzero()[0])][0]!r} gives NaN or infinity")
             weights = resampling_weights(replicates, len(effects), seed, start, len(base)).double()
             drawn = torch.einsum("rn,nku->rku", weights, effects)
             update = [effects.sum(0), moments, drawn, weights.sum(1)]
             total = update if total is None else [a + b for a, b in zip(total, update, strict=True)]
-    assert total is not None
+    assert total is not None and pivots is not None
     effects, (count, first, second), drawn, weight = total
+    effects = effects / len(base)
     sd = (second / count - (first / count).square()).clamp(min=0).sqrt()
-    sd = torch.where(sd > 1e-7 * (second / count).sqrt(), sd, torch.inf)
-    labels = [(name, u) for name in names for u in range(len(partitions[name]))]
+    mean = torch.cat([pivots[name] for name in names]) + first / count
+    rounding = torch.finfo(dtype).eps * torch.hypot(mean, sd)
+    varies, moves = sd > rounding, (effects > rounding).any(0)
+
+    def in_sd(effects: Tensor) -> Tensor:
+        constant = torch.where(moves, torch.nan, torch.zeros_like(effects))
+        return torch.where(varies, effects / torch.where(varies, sd, 1), constant).to(dtype)
+
+    any_drawn = weight > 0  # all weights are zero once in e^N replicates
     return InputEffects(
-        (effects / len(base) / sd).float(),
+        in_sd(effects),
         tuple(variants),
         tuple(site for site, _ in labels),
         tuple(u for _, u in labels),
         len(base),
-        (drawn / weight.clamp(min=1)[:, None, None] / sd).float() if replicates else None,
+        in_sd(drawn[any_drawn] / weight[any_drawn, None, None]) if replicates else None,
     )
 
 
@@ -218,7 +243,11 @@ def _recording(module: nn.Module, names: Sequence[str]) -> Iterator[Any]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
                 raise InputError(f"sites: {name!r} gives {type(output).__name__}, expected a tensor")
-            found[name] = output.detach().clone()
+            if not output.is_floating_point() or 0 in output.shape:
+                raise InputError(
+                    f"sites: {name!r} gives {output.dtype} {tuple(output.shape)}, expected floats (N, ...)"
+                )
+            found[name] = output.detach().clone()  # a later module may change it in place
 
         return hook
 
@@ -228,7 +257,11 @@ def _recording(module: nn.Module, names: Sequence[str]) -> Iterator[Any]:
         for name in names:
             if name not in found:
                 raise InputError(f"sites: {name!r} is not reached when the module runs; choose another site")
-        return dict(found)
+            if found[name].shape[:1] != x.shape[:1]:
+                raise InputError(
+                    f"sites: {name!r} gives shape {tuple(found[name].shape)} for {len(x)} inputs, expected (N, ...)"
+                )
+        return {name: y if y.ndim > 1 else y[:, None] for name, y in found.items()}
 
     modules = dict(module.named_modules())
     handles = [modules[name].register_forward_hook(keep(name)) for name in names]
@@ -251,9 +284,16 @@ def _units(activation: Tensor, unit: str) -> Groups:
     return channels(activation.shape[1], 1, size // activation.shape[1])
 
 
-def _moments(activation: Tensor, units: Groups) -> Tensor:
-    """Number, sum and sum of squares of each unit's activations over samples and positions: (3, U) float64."""
+def _first(activation: Tensor, units: Groups) -> Tensor:
+    """The first activation of each unit, (U,) float64: sums are taken from there, so that a large mean cancels."""
+    return activation[0].reshape(len(units), -1)[:, 0].double().cpu()
+
+
+def _moments(activation: Tensor, units: Groups, pivot: Tensor) -> Tensor:
+    """Number, sum and sum of squares of each unit's activations over samples and positions, less the unit's pivot:
+    (3, U) float64."""
     by_unit = activation.double().reshape(len(activation), len(units), -1)
+    by_unit = by_unit - pivot.to(by_unit.device)[:, None]
     count = torch.full((len(units),), float(by_unit.shape[0] * by_unit.shape[2]), dtype=torch.float64)
     return torch.stack([count, by_unit.sum((0, 2)).cpu(), by_unit.square().sum((0, 2)).cpu()])
 
@@ -264,8 +304,8 @@ def _moved(before: Tensor, after: Tensor, units: Groups) -> Tensor:
 
 
 def _check_region(x: Tensor, rows: slice, columns: slice) -> None:
-    if x.ndim != 4:
-        raise InputError(f"x: expected images (N, C, H, W), got {tuple(x.shape)}")
+    if x.ndim != 4 or not x.is_floating_point():
+        raise InputError(f"x: expected floating images (N, C, H, W), got {x.dtype} {tuple(x.shape)}")
     if not x[:1, :1, rows, columns].numel():
         raise InputError(f"region: rows {rows}, columns {columns} hold no pixel of a {x.shape[2]} x {x.shape[3]} image")
 
@@ -274,8 +314,12 @@ def _near_rows(rest: Tensor, neighbours: int, generator: torch.Generator | None)
     """For each row a random one of its nearest others."""
     from sklearn.neighbors import NearestNeighbors
 
+    rest = rest.double().cpu()
+    if not bool(torch.isfinite(rest).all()):
+        raise InputError("table: how='neighbour' needs finite numbers in the remaining columns")
     sd = rest.std(0)
-    scaled = (rest / torch.where(sd > 0, sd, 1)).cpu().numpy()
+    scaled = (rest / torch.where(sd > 0, sd, 1)).numpy()
     nearest = NearestNeighbors(n_neighbors=neighbours).fit(scaled).kneighbors(return_distance=False)
-    pick = torch.randint(neighbours, (len(rest),), generator=generator)
+    device = generator.device if generator is not None else torch.device("cpu")
+    pick = torch.randint(neighbours, (len(rest),), generator=generator, device=device).cpu()
     return torch.from_numpy(nearest)[torch.arange(len(rest)), pick]

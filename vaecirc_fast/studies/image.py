@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
 import time
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from .._files import read_json, write_json
 from .._tensor_files import write_tensors
 from ..errors import InputError
 from ..sweeps import RunDirectory, RunStore, run_all
+from ..training.settings import checked_settings
 from .manipulation import manipulate
 from .measuring import DEFINITIONS, measure
 
@@ -108,7 +110,10 @@ def run(config: Config, progress: bool = True) -> Path:
     device = _checked(config)
     store = RunStore(config.out)
     sets = {name: data.load(name, root=config.data_root, device=device) for name in config.data}
-    runs = [store.run(name, run_config) for name, run_config in plan(config, device)]
+    planned = plan(config, device)
+    for _, c in planned:
+        _check_training(c, sets[c["data"]], device)
+    runs = [store.run(name, c) for name, c in planned]
     console = report.Console(len(runs), enabled=progress)
     run_all(store, runs, lambda r: one_run(r, sets[r.config["data"]], device, progress), console.announce)
     write_json(config.out / "study.json", {"study": "image", "runs": [r.path.name for r in runs], **_settings(config)})
@@ -200,6 +205,12 @@ def build(c: Mapping[str, Any], ds: data.Dataset, device: torch.device) -> model
     return models.build(c["architecture"], ds.shape, **options, **c["options"]).to(device)
 
 
+def _check_training(c: Mapping[str, Any], ds: data.Dataset, device: torch.device) -> None:
+    """InputError for what the model or its training would refuse."""
+    given = {key: c[key] for key in ("steps", "batch_size", "seed", "lr", "precision")}
+    checked_settings(build(c, ds, device), ds, schedule="constant", warmup=0, **given)
+
+
 def _settings(config: Config) -> dict[str, Any]:
     return {"config": json.loads(json.dumps(dataclasses.asdict(config), default=str))}
 
@@ -218,6 +229,9 @@ def _checked(config: Config) -> torch.device:
     for key in ("images", "sweep_images", "pairs"):
         if getattr(config, key) < MINIMUM[key]:
             raise InputError(f"{key}: expected at least {MINIMUM[key]}, got {getattr(config, key)}")
+    for key in ("lr", "beta"):
+        if not 0 < getattr(config, key) < math.inf:
+            raise InputError(f"{key}: expected a positive number, got {getattr(config, key)}")
     if not config.data or not config.architectures:
         raise InputError("data, architectures: expected at least one of each")
     if config.device not in ("auto", "cpu", "cuda"):

@@ -47,7 +47,7 @@ def manipulate(model: VAE, ds: Dataset, *, pairs: int, seed: int) -> dict[str, A
         "pairs": len(base),
         "variants": list(variants),
         "sites": [_site(every, site) for site in dict.fromkeys(every.sites)],
-        "latents": {"effect": every.tensor[:, head].tolist(), "low": low, "high": high},
+        "latents": {"effect": _plain(every.tensor[:, head].tolist()), "low": _plain(low), "high": _plain(high)},
         "isolation": rows,
     }
 
@@ -94,6 +94,10 @@ def _bounds(effects: InputEffects, units: list[int]) -> tuple[list[list[float]],
 
 
 def _estimate(value: float | None, low: float | None, high: float | None) -> dict[str, float | None]:
-    """An estimate as JSON has it: what is not a finite number is null."""
-    finite = [None if v is None or not abs(v) < float("inf") else v for v in (value, low, high)]
+    (finite,) = _plain([[value, low, high]])
     return dict(zip(("value", "low", "high"), finite, strict=True))
+
+
+def _plain(rows: list[list[Any]]) -> list[list[float | None]]:
+    """Numbers as JSON has them: what is not finite is null."""
+    return [[None if v is None or not abs(v) < float("inf") else v for v in row] for row in rows]

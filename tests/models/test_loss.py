@@ -116,3 +116,15 @@ def test_losses_stay_float32_under_autocast():
     # outside autocast, which may itself widen the cross-entropy: the loss must not depend on that
     nll = model.terms(x, logits, mu, mu, logvar)["reconstruction"]
     torch.testing.assert_close(nll, Bernoulli(logits=logits.float(), validate_args=False).log_prob(x).sum() / -4)
+
+
+def test_trials_count_every_binary_pixel():
+    """A grey value as the mean of 16 binary pixels: their joint likelihood, up to the binomial coefficient."""
+    torch.manual_seed(0)
+    model = models.build("vae", SHAPE, trials=16).double()
+    pixels = torch.bernoulli(torch.full((16, 1, *SHAPE), 0.3, dtype=torch.float64), generator=seeded())
+    mu, logvar = model.encode(pixels.mean(0))
+    logits = model.decoder.logits(mu)
+    terms = model.terms(pixels.mean(0), logits, mu, mu, logvar)
+    torch.testing.assert_close(terms["reconstruction"], -Bernoulli(logits=logits).log_prob(pixels).sum())
+    assert models.build(**model.config()).trials == 16

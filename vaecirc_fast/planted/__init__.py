@@ -1,26 +1,32 @@
-"""Planted circuits: decoders built by hand whose causal effects are known in closed form. A public benchmark."""
+"""Planted circuits: networks built by hand whose causal effects are known in closed form. A public benchmark."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
 from ..errors import InputError
-from . import conv, linear, relu, softmax
+from . import conv, inputs, linear, relu, softmax
 from .circuit import Planted
+from .inputs import PlantedEncoder
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Planted", "all", "score"]
+__all__ = ["Planted", "PlantedEncoder", "all", "input_circuits", "score", "score_inputs"]
 
 
 def all() -> list[Planted]:
-    """Every planted circuit, made anew, float64 on the CPU."""
+    """Every planted decoder, made anew, float64 on the CPU."""
     return [*linear.circuits(), *relu.circuits(), *conv.circuits(), *softmax.circuits()]
+
+
+def input_circuits() -> list[PlantedEncoder]:
+    """Every planted encoder, whose units answer to known factors of its inputs; made anew, float64 on the CPU."""
+    return inputs.all()
 
 
 def score(method: Callable[[Planted], Any]) -> pandas.DataFrame:
@@ -36,17 +42,32 @@ def score(method: Callable[[Planted], Any]) -> pandas.DataFrame:
     Returns a row for each circuit: circuit, max_error (largest absolute error over latents and groups; inf where the
     method gave NaN), largest (the largest true effect, to compare it with), shows. Raises InputError on a wrong shape.
     """
+    return _scores((p.name, method(p), p.strengths(), "(latent, group)", p.shows) for p in all())
+
+
+def score_inputs(method: Callable[[PlantedEncoder], Any]) -> pandas.DataFrame:
+    """How far a method's effects of inputs on units are from the truth on every planted encoder.
+
+    `method(planted)` sees `planted.encoder`, `.base`, `.variants`, `.sites` and `.unit` and returns effects
+    (variant, unit): the mean over inputs and positions of |change of the unit|, in sd of the unit over the base inputs;
+    units in the order of the sites. As here:
+
+        lambda p: vf.interventions.input_effects(p.encoder, p.base, p.variants, p.sites, unit=p.unit).tensor
+
+    Returns the table that `score` does; errors alike.
+    """
+    return _scores((p.name, method(p), p.effects, "(variant, unit)", p.shows) for p in input_circuits())
+
+
+def _scores(answers: Iterable[tuple[str, Any, np.ndarray, str, str]]) -> pandas.DataFrame:
+    """A row for each (name, answer, truth, what its axes are, shows)."""
     import pandas
 
     rows = []
-    for planted in all():
-        truth = planted.strengths()
-        answer = method(planted)
+    for name, answer, truth, axes, shows in answers:
         answer = answer.detach().double().cpu().numpy() if isinstance(answer, Tensor) else np.asarray(answer, float)
         if answer.shape != truth.shape:
-            raise InputError(
-                f"method: expected effects (latent, group) {truth.shape} for {planted.name}, got {answer.shape}"
-            )
+            raise InputError(f"method: expected effects {axes} {truth.shape} for {name}, got {answer.shape}")
         error = np.nan_to_num(np.abs(answer - truth), nan=np.inf).max()
-        rows.append((planted.name, float(error), float(truth.max()), planted.shows))
+        rows.append((name, float(error), float(truth.max()), shows))
     return pandas.DataFrame(rows, columns=["circuit", "max_error", "largest", "shows"])

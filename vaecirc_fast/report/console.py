@@ -59,5 +59,8 @@ class Console:
     def _print(self, line: str = "") -> None:
         from rich.console import Console as Terminal
 
+        # an output that cannot hold a β or an arrow gets a question mark, not an error after minutes of training
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        line = line.encode(encoding, "replace").decode(encoding)
         # soft_wrap: what reads the output elsewhere gets whole lines
         Terminal(file=sys.stdout, highlight=False, soft_wrap=True).print(line, markup=False)

@@ -1,4 +1,4 @@
-"""The main table for a terminal: one line a metric, trained and untrained side by side, in 80 columns."""
+"""The main table for a terminal: one line a metric, trained and untrained side by side, in about 95 columns."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ def main_table(directory: Path) -> str:
     table.add_column("", no_wrap=True)
     for head in ("trained", "95 % interval", "untrained", "95 % interval"):
         table.add_column(head, justify="right", no_wrap=True)
-    for block in main_blocks(found, metrics, Places(found)):
+    for group, block in zip(found, main_blocks(found, metrics, Places(found)), strict=True):
+        trained, runs = len(group.trained), len(group.runs)
         table.add_section()
-        table.add_row(f"{block.data}, {block.label}", block.count, style="bold")
+        table.add_row(f"{block.data}, {block.label}", f"{trained} of {runs} seeds", style="bold")
         if not block.seeds:
             continue
         for name, estimate, control in zip(metrics, block.estimates, block.controls, strict=True):
             value = f"{estimate.mark} {estimate.value}".strip()
             table.add_row(f"  {metric_name(name)}", value, estimate.interval, control.value, control.interval)
     out = io.StringIO()
-    Console(file=out, width=100, highlight=False, color_system=None).print(table)
+    Console(file=out, width=200, highlight=False, color_system=None).print(table)
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     notes = ["Means over trained seeds, intervals over seeds. ▲ ▼: interval wholly above or below the control's."]
     bad = [run.path.name for run in study.runs if not run.trained]

@@ -102,7 +102,7 @@ def rounded_up(value: float, count: int = 4) -> float:
 
 def tick_labels(ticks: list[float]) -> list[str]:
     """The ticks in the fewest decimals that tell them apart, the same for all."""
-    places = next((p for p in range(10) if all(abs(t - round(t, p)) <= 1e-9 * max(1e-9, abs(t)) for t in ticks)), 9)
+    places = next((p for p in range(16) if all(abs(t - round(t, p)) <= 1e-9 * abs(t) for t in ticks)), 15)
     return [f"{t:,.{places}f}".replace("-", "−") if t else "0" for t in ticks]
 
 

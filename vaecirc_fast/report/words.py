@@ -124,19 +124,16 @@ _SUBSCRIPTED = re.compile(r"\b(mu|sigma|delta|Var|E|[a-z])_([a-z])(\^2)?(?![a-z]
 def typeset(definition: str) -> Markup:
     """A definition in ASCII letters, as in "Var_x[mu_i] / s_i^2", with its letters set as mathematics."""
     text = str(escape(definition))
-    text = _SUBSCRIPTED.sub(
-        lambda m: f"{_letter(m[1])}<sub>{m[2]}</sub>{'<sup>2</sup>' if m[3] else ''}",
-        text,
-    )
+    text = re.sub(r"\bz\b", "<i>z</i>", text)  # the lone letter: one with a subscript is no word boundary
+    text = re.sub(r"\bv(?=\))", "<i>v</i>", text)
+    text = _SUBSCRIPTED.sub(lambda m: f"{_letter(m[1])}<sub>{m[2]}</sub>{'<sup>2</sup>' if m[3] else ''}", text)
     text = re.sub(r"\bdelta\b", "<i>δ</i>", text)
     text = re.sub(r"\|dy\|", "|Δ<i>y</i>|", text)
     text = re.sub(r"\|t\|", "|<i>t</i>|", text)
     text = re.sub(r"(?<=[ ,])t(?= [=s<])", "<i>t</i>", text)
     text = re.sub(r"\b([HI])\(", r"<i>\1</i>(", text)
-    text = re.sub(r"\bv(?=\))", "<i>v</i>", text)
     text = re.sub(r"\blog G\b", "log <i>G</i>", text)
-    text = re.sub(r"\bz\b", "<i>z</i>", text)
-    return Markup(text.replace(" - ", " − ").replace("+-", "±").replace("...", "…").replace(" := ", " := "))
+    return Markup(text.replace(" - ", " − ").replace("+-", "±").replace("...", "…"))
 
 
 def _letter(name: str) -> str:

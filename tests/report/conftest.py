@@ -1,0 +1,112 @@
+"""A small real study for the tests of the report, once a session, and a parser that reads its page."""
+
+import json
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from vaecirc_fast import report
+from vaecirc_fast.studies import image
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Page(HTMLParser):
+    """Checks the nesting of a page and keeps its text, ids, links, figures and the rows of its tables by table id."""
+
+    def __init__(self, source):
+        super().__init__(convert_charrefs=True)
+        self.source, self.open, self.problems = source, [], []
+        self.ids, self.attributes, self.words = [], [], []
+        self.tables, self._table, self._cell = {}, None, None
+        self.feed(source)
+        self.close()
+        self.problems += [f"<{tag}> is never closed" for tag in self.open]
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        found = dict(attrs)
+        if tag == "table":
+            self._table = self.tables.setdefault(found.get("id", f"table {len(self.tables)}"), [])
+        if self._table is not None and tag == "tr":
+            self._table.append([])
+        if self._table and tag in ("td", "th"):
+            self._table[-1].append("")
+            self._cell = self._table[-1]
+        if tag == "span" and self._cell is not None:
+            self._cell[-1] += " "
+
+    def handle_startendtag(self, tag, attrs):
+        self.ids += [value for key, value in attrs if key == "id"]
+        self.attributes += [(tag, key, value) for key, value in attrs]
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open[-1] != tag:
+            self.problems.append(f"</{tag}> closes {self.open[-1:] or 'nothing'} in line {self.getpos()[0]}")
+        else:
+            self.open.pop()
+        if tag == "table":
+            self._table = None
+        if tag in ("td", "th"):
+            self._cell = None
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+        if self._cell is not None:
+            self._cell[-1] += data
+
+
+@pytest.fixture
+def page():
+    """Reads report.html of a directory, after writing it."""
+
+    def read(directory):
+        return Page(report.write(directory).read_text(encoding="utf-8"))
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def untrained_study(tmp_path_factory):
+    """The smoke study with too few steps to learn anything: two architectures, two seeds, none of them trained."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("report") / "study"
+    changes = {"steps": 20, "images": 100, "sweep_images": 8, "seeds": 2, "net": "mlp", "data": ["digits"]}
+    image.run(image.Config.preset("smoke", out=out, **changes), progress=False)
+    torch.set_num_threads(threads)
+    return out
+
+
+@pytest.fixture(scope="session")
+def change():
+    """Applies a function to the results of the runs of a directory that match a pattern."""
+
+    def apply(directory, pattern, edit):
+        files = sorted(directory.glob(f"runs/{pattern}/result.json"))
+        assert files
+        for file in files:
+            result = json.loads(file.read_text())
+            edit(result)
+            file.write_text(json.dumps(result))
+
+    return apply
+
+
+@pytest.fixture
+def study(untrained_study, change, tmp_path):
+    """A copy in which three of the four runs count as trained, all but beta_vae's seed 1."""
+    out = tmp_path / "study"
+    shutil.copytree(untrained_study, out, ignore=shutil.ignore_patterns("checkpoint*", "model*"))
+    change(out, "digits-vae-*", lambda result: result.update(trained=True))
+    change(out, "digits-beta_vae-s0-*", lambda result: result.update(trained=True))
+    return out

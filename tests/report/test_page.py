@@ -1,0 +1,259 @@
+"""The report's page: whole in itself, its numbers those of the runs, honest about what is missing."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from vaecirc_fast import report
+from vaecirc_fast.errors import InputError
+from vaecirc_fast.sweeps import RunStore
+
+
+def results(directory):
+    return {path.name.rsplit("-", 1)[0]: result for path, result in RunStore(directory).results()}
+
+
+def numbers(cell):
+    """The numbers of a table cell and the decimals that each is printed with."""
+    found = re.findall(r"[−-]?\d[\d,]*(?:\.\d+)?", cell)
+    return [(float(n.replace("−", "-").replace(",", "")), len(n.partition(".")[2])) for n in found]
+
+
+def assert_printed(cell, *values):
+    """The cell holds `values` in this order, rounded."""
+    found = numbers(cell)
+    assert len(found) == len(values), (cell, values)
+    for (printed, places), value in zip(found, values, strict=True):
+        assert abs(printed - value) <= 0.5000001 * 10.0**-places, (cell, values)
+
+
+METRICS = ("reconstruction", "active", "mig", "ces_raw", "ces_posterior", "ces_resample", "specificity")
+
+
+def test_one_file_that_loads_nothing(study, page):
+    found = page(study)
+    assert found.problems == []
+    assert len(found.source.encode()) < 3_000_000
+    for tag, key, value in found.attributes:
+        if key in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
+            assert value.startswith(("data:", "#")), (tag, key, value[:60])
+    assert "<script" not in found.source and "url(" not in found.source and "@import" not in found.source
+    assert set(re.findall(r"https?://[^\s\"<]+", found.source)) <= {"http://www.w3.org/2000/svg"}
+    assert len(set(found.ids)) == len(found.ids)
+    targets = {value[1:] for _, key, value in found.attributes if key == "href" and value.startswith("#")}
+    assert targets and targets <= set(found.ids)
+
+
+def test_no_number_that_is_none(study, page):
+    text = page(study).text
+    for word in ("NaN", "nan", "None", "null", "inf", "Infinity", "undefined"):
+        assert not re.search(rf"\b{word}\b", text), word
+
+
+def test_the_same_runs_give_the_same_page(study):
+    first = report.write(study).read_bytes()
+    assert report.write(study).read_bytes() == first
+    assert not list(study.glob(".*.tmp"))
+
+
+def test_every_run_is_printed_as_its_result_says(study, page):
+    rows = page(study).tables["runs-table"]
+    found = results(study)
+    labels = {"VAE, seed 0": "digits-vae-s0", "VAE, seed 1": "digits-vae-s1"}
+    labels |= {"β-VAE (β = 4), seed 0": "digits-beta_vae-s0", "β-VAE (β = 4), seed 1 not trained": "digits-beta_vae-s1"}
+    rows = {" ".join(row[0].split()): row[1:] for row in rows if len(row) > 2}
+    assert labels.keys() <= rows.keys()
+    for label, name in labels.items():
+        for metric, cell in zip(METRICS, rows[label], strict=False):
+            entry = found[name]["metrics"][metric]
+            bounds = [entry[key] for key in ("low", "high") if entry[key] is not None]
+            assert_printed(cell, entry["value"], *bounds)
+
+
+def main_rows(page):
+    """The main table: for each configuration its rows of estimates, controls and seeds."""
+    rows = page.tables["main-table"]
+    start = {" ".join(row[0].split()): n for n, row in enumerate(rows)}
+    vae, beta = start["VAE two seeds"], next(n for label, n in start.items() if label.startswith("β-VAE"))
+    return [[row[1:] for row in rows[n : n + 3]] for n in (vae, beta)]
+
+
+def test_the_main_table_is_over_trained_seeds_with_the_intervals_of_the_definitions(study, page):
+    (estimates, controls, seeds), _ = main_rows(page(study))
+    runs = [results(study)[f"digits-vae-s{seed}"] for seed in (0, 1)]
+    for n, metric in enumerate(METRICS):
+        values = np.array([run["metrics"][metric]["value"] for run in runs], float)
+        untrained = np.array([run["control"]["untrained"][metric]["value"] for run in runs], float)
+        if np.ptp(values):
+            assert_printed(
+                estimates[n], values.mean(), *expected_interval(values, [r["replicates"] for r in runs], metric)
+            )
+        else:
+            assert_printed(estimates[n], values.mean())
+            assert "no spread" in estimates[n]
+        assert_printed(seeds[n], *values)
+        if np.ptp(untrained):
+            half = stats.t.ppf(0.975, 1) * untrained.std(ddof=1) / np.sqrt(2)
+            assert_printed(controls[n], untrained.mean(), untrained.mean() - half, untrained.mean() + half)
+
+
+def expected_interval(values, replicates, metric):
+    """The hierarchical interval by its formula, or Student's t where a metric has no replicates."""
+    runs = len(values)
+    between, shared, freedom = values.var(ddof=1) / runs, 0.0, runs - 1
+    if metric in replicates[0]:
+        w = np.array([r[metric] for r in replicates])
+        w = w - w.mean(1, keepdims=True)
+        shared = max(0.0, w.mean(0).var(ddof=1) - w.var(0, ddof=1).mean() / runs)
+        freedom = (between + shared) ** 2 / (between**2 / (runs - 1) + shared**2 / (w.shape[1] - 1))
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(between + shared)
+    return values.mean() - half, values.mean() + half
+
+
+def test_a_run_that_is_not_trained_is_marked_and_in_no_mean(study, page):
+    found = page(study)
+    _, (estimates, _, seeds) = main_rows(found)
+    only = results(study)["digits-beta_vae-s0"]
+    for n, metric in enumerate(METRICS):
+        assert_printed(estimates[n].replace("one seed", ""), only["metrics"][metric]["value"])
+        assert_printed(seeds[n], only["metrics"][metric]["value"])
+    label = next(row[0] for row in found.tables["main-table"] if row[0].startswith("β-VAE"))
+    assert "one seed; 1 more not trained" in " ".join(label.split())
+    assert "Three of four count as trained" in found.text
+    assert "part of no aggregate: Digits, β-VAE (β = 4), seed 1." in found.text
+
+
+def test_without_a_trained_run_there_is_no_mean(untrained_study, tmp_path, page):
+    shutil.copytree(untrained_study, tmp_path / "study")
+    found = page(tmp_path / "study")
+    assert found.problems == []
+    assert "None counts as trained" in found.text
+    assert "trained-untrained" not in found.ids
+    rows = [row for row in found.tables["main-table"] if "not trained" in row[0]]
+    assert len(rows) == 2 and all(cell.strip() == "–" for row in rows for cell in row[1:])
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "flipped"])
+@pytest.mark.parametrize("name", ["pictures", "effects-fixed", "effects-posterior", "effects-resample"])
+def test_damaged_files_of_one_run_are_noted(study, page, name, damage):
+    run = next(study.glob("runs/digits-vae-s0-*"))
+    file = run / f"{name}.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        content[-100] ^= 1
+        file.write_bytes(content)
+    else:
+        file.unlink()
+    whole = page(study)
+    assert whole.problems == []
+    assert f"{run.name}: {name}.safetensors" in whole.text
+    assert str(study) not in whole.text
+    assert {"reconstructions-digits", "steps-digits", "maps-digits"} <= set(whole.ids)
+
+
+def test_a_damaged_result_is_named(study):
+    file = next(study.glob("runs/digits-vae-s1-*")) / "result.json"
+    text = file.read_text()
+    file.write_text(text[: len(text) // 2])
+    with pytest.raises(InputError, match=re.escape(str(file))):
+        report.write(study)
+    assert not (study / "report.html").exists() or "seed 1" in (study / "report.html").read_text()
+
+
+@pytest.mark.parametrize("key", ["trained", "metrics", "control", "replicates", "latents", "history", "definitions"])
+def test_an_incomplete_result_is_named(study, change, key):
+    change(study, "digits-vae-s1-*", lambda result: result.pop(key))
+    with pytest.raises(
+        InputError, match=rf"vae-s1-.*result\.json is not a result of this study \('{key}' is missing\)"
+    ):
+        report.table(study)
+
+
+def test_directories_without_runs(tmp_path):
+    with pytest.raises(InputError, match="is no directory"):
+        report.write(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no finished run"):
+        report.write(tmp_path)
+
+
+def test_runs_of_other_calls_and_unfinished_ones_are_told_apart(study, page):
+    listing = json.loads((study / "study.json").read_text())
+    left, kept = listing["runs"][0], listing["runs"][1:]
+    (study / "study.json").write_text(json.dumps({**listing, "runs": [*kept, "digits-vae-s7-0123456789ab"]}))
+    text = page(study).text
+    assert f"Left by earlier calls of the study in this directory: {left}." in text
+    assert "Not finished, and so not in this report: digits-vae-s7-0123456789ab." in text
+    (study / "study.json").write_text("{")
+    assert "study.json cannot be read" in page(study).text
+
+
+def test_different_configurations_are_not_pooled(study, page):
+    store = RunStore(study)
+    path, result = next((p, r) for p, r in store.results() if p.name.startswith("digits-vae-s0"))
+    run = store.run("digits-vae-s0", {**result["config"], "steps": 40})
+    run.begin()
+    run.finish({key: value for key, value in result.items() if key not in ("id", "config")})
+    for file in path.glob("*.safetensors"):
+        shutil.copy(file, run.path)
+    labels = [" ".join(row[0].split()) for row in page(study).tables["main-table"]]
+    assert "VAE, steps 20 two seeds" in labels and "VAE, steps 40 one seed" in labels
+
+
+def test_undefined_numbers_are_dashes(study, change, page):
+    def undefine(result):
+        for metrics in (result["metrics"], result["control"]["untrained"]):
+            metrics["specificity"] |= {"value": None, "low": None, "high": None}
+        result["replicates"].pop("specificity")
+        result["latents"][0] |= {"specificity": None, "specificity_low": None, "specificity_high": None}
+
+    change(study, "digits-vae-*", undefine)
+    found = page(study)
+    assert found.problems == []
+    (estimates, controls, seeds), _ = main_rows(found)
+    assert [row[-1].strip() for row in (estimates, controls, seeds)] == ["–", "–", "–, –"]
+
+
+def test_what_does_not_fit_is_left_out_and_said(study, page, monkeypatch):
+    from vaecirc_fast.report import page as module
+
+    monkeypatch.setattr(module, "LIMIT", 60_000)
+    found = page(study)
+    assert found.problems == []
+    assert "Left out to keep this page below 3 MB" in found.text
+    monkeypatch.setattr(module, "DETAILED", 1)
+    assert "show 1 of 2 configurations" in page(study).text
+
+
+def test_metric_definitions_and_units_are_on_the_page(study, page):
+    text = page(study).text
+    for entry in next(iter(results(study).values()))["definitions"].values():
+        assert entry["unit"] in text
+    assert "mean |Δ y | / | δ |" in text or "mean |Δy| / |δ|" in text.replace("Δ y", "Δy").replace("| ", "|")
+
+
+def test_the_table_and_the_summary(study):
+    table = report.table(study)
+    lines = table.splitlines()
+    assert all(len(line) <= 100 for line in lines[:-3])
+    runs = [results(study)[f"digits-vae-s{seed}"] for seed in (0, 1)]
+    mean = np.mean([run["metrics"]["ces_posterior"]["value"] for run in runs])
+    line = next(line for line in lines if "CES, posterior" in line)
+    assert_printed(line.split("]")[0].split("[")[0], mean)
+    assert "Not trained, in no mean: digits-beta_vae-s1-" in table
+    summary = report.summary(study)
+    assert [run["trained"] for run in summary] == [True, True, True, False]
+    assert json.loads(json.dumps(summary))[0]["metrics"]["mig"]["value"] == runs[0]["metrics"]["mig"]["value"]
+
+
+@pytest.mark.skipif("not __import__('os').geteuid()", reason="root may write anywhere")
+def test_a_directory_without_permission(study):
+    study.chmod(0o500)
+    with pytest.raises(InputError, match="cannot write"):
+        report.write(study)
+    study.chmod(0o700)

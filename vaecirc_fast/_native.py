@@ -5,6 +5,7 @@ The instruction set is the widest that runs here; VAECIRC_ISA=baseline|avx2|avx5
 
 from __future__ import annotations
 
+import functools
 import os
 from types import ModuleType
 
@@ -13,7 +14,8 @@ import torch  # loads libgomp first: _C then shares its threads instead of bring
 from .errors import BackendError
 
 BUILD_COMMAND = "pip install -e ."
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+CUDA_BUILD_COMMAND = "VAECIRC_CUDA=1 pip install -e ."
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 # A forked child that starts a second thread would wait for ever on the parent's thread pool.
 _forked = False
@@ -57,9 +59,44 @@ def cpp() -> ModuleType:
     return _module
 
 
+@functools.cache
+def _load_cuda() -> tuple[ModuleType | None, str | None]:
+    # Imported when first asked for: CUDA itself starts only once the module is asked for devices.
+    try:
+        from . import _C_cuda  # pyright: ignore[reportAttributeAccessIssue]
+    except ImportError as error:
+        return None, f"the CUDA module is not built ({error}): run `{CUDA_BUILD_COMMAND}` in the source tree, with nvcc"
+    return _C_cuda, None
+
+
+def cuda_build() -> str:
+    """What the CUDA module was built for, or why there is none."""
+    module, reason = _load_cuda()
+    return str(reason) if module is None else f"built for {module.architectures}"
+
+
 def cuda_reason() -> str | None:
-    """Why the CUDA backend cannot run."""
-    return "no op has a CUDA kernel in this version"
+    """Why the CUDA backend cannot run, or None if it can."""
+    module, reason = _load_cuda()
+    if module is None:
+        return reason
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device" + (f": {module.device_error()}" if not module.device_count() else "")
+    return module.device_error() or None
+
+
+def cuda() -> ModuleType:
+    """The module `_C_cuda`; BackendError with the build command where it is missing."""
+    module, reason = _load_cuda()
+    if module is None:
+        raise BackendError(str(reason))
+    return module
+
+
+def cuda_place(tensor: torch.Tensor) -> tuple[int, int]:
+    """The device's number and torch's current stream on it, where a kernel on `tensor` is to run."""
+    stream = torch.cuda.current_stream(tensor.device)
+    return stream.device.index, stream.cuda_stream
 
 
 def threads(elements: int) -> int:

@@ -163,6 +163,13 @@ def cpp_reason(device: str) -> str | None:
     return _native.cpp_reason()
 
 
+def cuda_reason(device: str) -> str | None:
+    """`reason` of CUDA kernels."""
+    from . import _native
+
+    return _native.cuda_reason()
+
+
 def triton_reason(device: str) -> str | None:
     """`reason` of Triton kernels: a GPU, or the interpreter on CPU tensors."""
     try:

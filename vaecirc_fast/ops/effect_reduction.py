@@ -319,12 +319,68 @@ def _cpp_backward(
     return grad_base, grad_perturbed
 
 
+def _cuda_forward(
+    base: Tensor,
+    perturbed: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    kinds: Sequence[int],
+    link: int,
+    sum_samples: bool,
+) -> Tensor:
+    base, perturbed = base.contiguous(), perturbed.contiguous()
+    samples, interventions, elements = perturbed.shape
+    groups = offsets.numel() - 1
+    # Blocks of samples are summed apart: how many follows from the shapes alone, so results do not depend on the GPU.
+    outer = min(samples, max(8, 1024 // max(interventions, 1))) if sum_samples else samples
+    shape = (outer, interventions, len(kinds), groups)
+    out = torch.empty(shape, dtype=_result_dtype(base.dtype), device=base.device)
+    if out.numel():
+        _native.cuda().effect_reduction(
+            *(base.data_ptr(), perturbed.data_ptr(), order.data_ptr(), offsets.data_ptr()),
+            *(_native.DTYPES[base.dtype], link, samples, interventions, elements, groups, order.numel()),
+            *(kinds, sum_samples, outer, out.data_ptr(), *_native.cuda_place(base)),
+        )
+    return out.sum(0) if sum_samples else out
+
+
+def _cuda_backward(
+    base: Tensor, perturbed: Tensor, labels: Tensor, order: Tensor, offsets: Tensor, factors: Tensor, link: int
+) -> tuple[Tensor, Tensor]:
+    base, perturbed = base.contiguous(), perturbed.contiguous()
+    factors = factors.to(_result_dtype(base.dtype)).contiguous()
+    samples, interventions, elements = perturbed.shape
+    groups = offsets.numel() - 1
+    grad_perturbed = torch.empty_like(perturbed)
+    if perturbed.numel() == 0:
+        return torch.zeros_like(base), grad_perturbed
+    # Few threads, each with many interventions, would leave most of the GPU idle.
+    parts = max(1, min(-(-interventions // 4), (1 << 18) // base.numel()))
+    grad_base = (
+        torch.empty_like(base)
+        if parts == 1
+        else torch.empty(parts, samples, elements, dtype=factors.dtype, device=base.device)
+    )
+    _native.cuda().effect_reduction_backward(
+        *(base.data_ptr(), perturbed.data_ptr(), labels.data_ptr(), _native.DTYPES[base.dtype], link),
+        *(samples, interventions, elements, groups, factors.data_ptr()),
+        *(interventions * 4 * groups if factors.shape[0] > 1 else 0, grad_perturbed.data_ptr()),
+        *(parts, grad_base.data_ptr(), *_native.cuda_place(base)),
+    )
+    return (grad_base if parts == 1 else grad_base.sum(0).to(base.dtype)), grad_perturbed
+
+
 def _load_reference():
     return {"effect_reduction": reference.forward, "effect_reduction_backward": reference.backward}
 
 
 def _load_cpp():
     return {"effect_reduction": _cpp_forward, "effect_reduction_backward": _cpp_backward}
+
+
+def _load_cuda():
+    return {"effect_reduction": _cuda_forward, "effect_reduction_backward": _cuda_backward}
 
 
 def _load_triton():
@@ -342,7 +398,9 @@ ROW = _registry.Row(
             _load_cpp, ("cpu",), (torch.float32, torch.bfloat16, torch.float64), _registry.cpp_reason
         ),
         "triton": _registry.Kernel(_load_triton, ("cpu", "cuda"), _FLOATS, _registry.triton_reason),
-        "cuda": _registry.Absent("is not written: one streaming pass, which Triton expresses fully"),
+        "cuda": _registry.Kernel(_load_cuda, ("cuda",), _FLOATS, _registry.cuda_reason),
     },
-    order={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    # On CUDA the order is not measured yet. By the bytes they move, both are alike on regular partitions, and CUDA C++
+    # should be ahead on scattered ones.
+    order={"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")},
 )

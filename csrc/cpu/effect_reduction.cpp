@@ -603,6 +603,7 @@ void backward_tile(const EffectReductionBackward& args, const bool used[4], int6
 
 template <class IN, class T>
 bool backward(const EffectReductionBackward& args) {
+    if (args.B == 0) return true;  // without samples there may be no factors to look at
     // A kind whose factors are all zero is skipped: usually three of the four.
     bool used[4] = {};
     const int64_t samples = args.factors_stride ? args.B : 1;

@@ -57,14 +57,15 @@ def ces(E: Any, level: float = 0.95) -> pandas.DataFrame:
 def specificity(E: Any, level: float = 0.95) -> pandas.DataFrame:
     """Intervention specificity of each latent: 1 - H(p_i) / log G over the groups of the sweep, in [0, 1].
 
-    Returns columns latent, specificity, low, high. A latent without any effect has none: its row is NaN.
+    Returns columns latent, specificity, low, high. A latent without any effect has none: its row is NaN. The bootstrap
+    replicates are shifted to the value: fewer different samples look more specific, so theirs lie above it.
     InputError for fewer than two groups and for effects that cannot be strengths.
     """
     _check(E, "specificity")
     if E.group_weights.numel() < 2:
         raise InputError("specificity: needs at least two groups, got 1; pass groups= to the sweep")
-    point, replicates = _normalised(E)
-    return _table("specificity", specificity_of(point), specificity_of(replicates), E.samples, level)
+    point, replicates = _specificities(E)
+    return _table("specificity", point, replicates, E.samples, level)
 
 
 def _check(E: Any, metric: str) -> None:
@@ -118,8 +119,14 @@ def model_specificity(E: Any, level: float = 0.95) -> tuple[Estimate, Tensor]:
     _check(E, "specificity")
     if E.group_weights.numel() < 2:
         raise InputError("specificity: needs at least two groups, got 1; pass groups= to the sweep")
-    point, replicates = _normalised(E)
-    return _estimate(specificity_of(point).nanmean(), specificity_of(replicates).nanmean(1), E.samples, level)
+    point, replicates = _specificities(E)
+    return _estimate(point.nanmean(), replicates.nanmean(1), E.samples, level)
+
+
+def _specificities(E: Any) -> tuple[Tensor, Tensor]:
+    """Specificity of each latent and its bootstrap replicates, centred on it."""
+    point, replicates = map(specificity_of, _normalised(E))
+    return point, replicates - replicates.nanmean(0) + point
 
 
 def _estimate(value: Tensor, replicates: Tensor, samples: int, level: float) -> tuple[Estimate, Tensor]:

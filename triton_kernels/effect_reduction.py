@@ -172,11 +172,11 @@ def _effect_reduction_backward_kernel(
         through += g
         direct += r
         if SIGMOID:
-            g = g * y1 * (1.0 - y1)
+            g = tl.where(g == 0, 0.0, g * y1 * (1.0 - y1))
         tl.store(grad_perturbed + row + p, (g + r).to(grad_perturbed.dtype.element_ty), mask=inside)
         f += 4 * G
     if SIGMOID:
-        through = through * y0 * (1.0 - y0)
+        through = tl.where(through == 0, 0.0, through * y0 * (1.0 - y0))
     tl.store(grad_base + b * P + p, (-through - direct).to(grad_base.dtype.element_ty), mask=inside)
 
 

@@ -53,7 +53,8 @@ INLINE typename Vector<T>::type vabs(typename Vector<T>::type x) {
 
 // e^-t for t >= 0; 0 beyond the normal range, NaN for NaN. Cody-Waite reduction and Taylor polynomial; < 2 ulp.
 INLINE f32x16 exp_negative(f32x16 t) {
-    const f32x16 x = t > 87.0f ? f32x16{} - 87.0f : -t;
+    constexpr float LAST = 87.33654f;  // e^-t is the smallest normal number
+    const f32x16 x = t > LAST ? f32x16{} - LAST : -t;
     const float round = 12582912.0f;  // 1.5 * 2^23
     const f32x16 n = (x * 1.44269504f + round) - round;
     const f32x16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -66,11 +67,12 @@ INLINE f32x16 exp_negative(f32x16 t) {
     p = p * r + 1.0f;
     const i32x16 scale = (__builtin_convertvector(n, i32x16) + 127) << 23;
     const f32x16 e = p * (f32x16)scale;
-    return t > 87.0f ? f32x16{} : e;
+    return t > LAST ? f32x16{} : e;
 }
 
 INLINE f64x16 exp_negative(f64x16 t) {
-    const f64x16 x = t > 708.0 ? f64x16{} - 708.0 : -t;
+    constexpr double LAST = 708.3964185322641;
+    const f64x16 x = t > LAST ? f64x16{} - LAST : -t;
     const double round = 6755399441055744.0;  // 1.5 * 2^52
     const f64x16 n = (x * 1.4426950408889634 + round) - round;
     const f64x16 r = (x - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;
@@ -81,7 +83,7 @@ INLINE f64x16 exp_negative(f64x16 t) {
     for (double c : inverse_factorial) p = p * r + c;
     const i64x16 scale = (__builtin_convertvector(n, i64x16) + 1023) << 52;
     const f64x16 e = p * (f64x16)scale;
-    return t > 708.0 ? f64x16{} : e;
+    return t > LAST ? f64x16{} : e;
 }
 
 template <class T>
@@ -556,6 +558,13 @@ bool forward(const EffectReduction& args) {
         }                                                \
     }
 
+// A gradient of the sigmoid y taken back to its logit; of zero it is zero, also where y is NaN.
+template <class T>
+INLINE T through_link(T gradient, T y) {
+    const T product = gradient * y * (1 - y);
+    return gradient == 0 ? (T)0 : product;
+}
+
 // The gradients of one tile of P for one sample: all interventions, summed into the base's.
 template <class IN, class T>
 void backward_tile(const EffectReductionBackward& args, const bool used[4], int64_t b, int64_t p) {
@@ -591,12 +600,12 @@ void backward_tile(const EffectReductionBackward& args, const bool used[4], int6
             const T g = in ? gradient[j] : 0, r = in ? raw_gradient[j] : 0;
             base_gradient[j] += g;
             base_raw_gradient[j] += r;
-            narrow(r + (linked ? g * y[j] * (1 - y[j]) : g), out + j);
+            narrow(r + (linked ? through_link(g, y[j]) : g), out + j);
         }
     }
     IN* out = (IN*)args.grad_base + b * args.P + p;
     for (int64_t j = 0; j < n; ++j) {
-        const T g = linked ? base_gradient[j] * base[j] * (1 - base[j]) : base_gradient[j];
+        const T g = linked ? through_link(base_gradient[j], base[j]) : base_gradient[j];
         narrow(-g - base_raw_gradient[j], out + j);
     }
 }

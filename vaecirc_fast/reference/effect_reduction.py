@@ -64,7 +64,7 @@ def forward(
     return out.sum(0) if sum_samples else out
 
 
-def _product(factor: Tensor, value: Tensor) -> Tensor:
+def _product(factor: Tensor, value: Tensor | float) -> Tensor:
     return torch.where(factor == 0, 0, factor * value)
 
 
@@ -87,6 +87,6 @@ def backward(
     through = _product(sign, direction) + _product(linear, dy) + one
     raw = _product(raw, perturbed - base[:, None])
     slope, slope0 = (y * (1 - y), y0 * (1 - y0)) if LINKS[link] == "sigmoid" else (1.0, 1.0)
-    grad_perturbed = through * slope + raw
-    grad_base = -(through * slope0 + raw).sum(1)
+    grad_perturbed = _product(through, slope) + raw
+    grad_base = -(_product(through, slope0) + raw).sum(1)
     return grad_base.to(dtype), grad_perturbed.to(dtype)

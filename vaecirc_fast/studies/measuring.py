@@ -23,7 +23,7 @@ TRAVERSE_STEPS = 7
 DEFINITIONS = {
     "reconstruction": ("", "(loss - floor) / (loss of the mean image - floor); a trained model is at or below 0.5"),
     "active": ("latents", "latents with Var_x[mu_i] / s_i^2 > 0.05"),
-    "mig": ("", "mutual information gap, 20 equal-width bins a latent, mean over factors"),
+    "mig": ("", "mean over factors v of (greatest - second I(z_i; v)) / H(v), latents in 20 equal-width bins"),
     "ces_raw": ("intensity per unit of z", "mean |dy| / |delta| over do(z_i := mu_i + delta), delta = +-0.6 ... +-3"),
     "ces_posterior": ("intensity per posterior sd", "mean |dy| / |t| over do(z_i := mu_i + t s_i), t = +-0.5 ... +-2"),
     "ces_resample": ("intensity", "mean |dy| when z_i is taken from another image"),

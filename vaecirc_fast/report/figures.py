@@ -115,7 +115,7 @@ def reconstructions(data: str, groups: Sequence[Group]) -> Figure:
         "mean, from 0 (black) to 1 (white)."
     )
     panels = _panels(groups, draw, "pictures.safetensors")
-    return Figure(f"reconstructions-{_slug(data)}", f"{data}: reconstructions.", caption, panels)
+    return Figure(f"reconstructions-{slug(data)}", f"{data}: reconstructions.", caption, panels)
 
 
 def traversals(data: str, groups: Sequence[Group]) -> Figure:
@@ -126,8 +126,8 @@ def traversals(data: str, groups: Sequence[Group]) -> Figure:
         latents = len(run.result["latents"])
         rows = rows.reshape(latents, -1, *rows.shape[1:])
         t = np.linspace(-2, 2, rows.shape[1])
-        order = _order(run)
-        labels = [f"z{_subscript(row['latent'])} {'' if row['active'] else 'inactive'}".strip() for row in order]
+        order = ordered_latents(run)
+        labels = [f"z{subscript(row['latent'])} {'' if row['active'] else 'inactive'}".strip() for row in order]
         places = 0 if np.allclose(t, t.round()) else 1
         heads = ["t = 0" if abs(v) < 1e-9 else number(float(v), places) for v in t]
         chosen = np.stack([rows[row["latent"]] for row in order])
@@ -140,7 +140,7 @@ def traversals(data: str, groups: Sequence[Group]) -> Figure:
         "ones in grey. Columns: <i>t</i> in posterior standard deviations."
     )
     panels = _panels(groups, draw, "pictures.safetensors")
-    return Figure(f"traversals-{_slug(data)}", f"{data}: traversals of the latents.", caption, panels)
+    return Figure(f"traversals-{slug(data)}", f"{data}: traversals of the latents.", caption, panels)
 
 
 def strengths(data: str, groups: Sequence[Group]) -> Figure:
@@ -151,13 +151,13 @@ def strengths(data: str, groups: Sequence[Group]) -> Figure:
     def draw(run: Run) -> str:
         drawn = [
             Bar(
-                f"z{_subscript(row['latent'])}",
+                f"z{subscript(row['latent'])}",
                 row.get("ces_posterior") or 0.0,
                 row.get("ces_posterior_low"),
                 row.get("ces_posterior_high"),
                 row["active"],
             )
-            for row in _order(run)
+            for row in ordered_latents(run)
         ]
         return charts.bars(drawn, "intensity per posterior sd", f"{data}: posterior CES of each latent", top)
 
@@ -165,7 +165,7 @@ def strengths(data: str, groups: Sequence[Group]) -> Figure:
         "Posterior CES of each latent with its 95&nbsp;% interval, which resamples the swept images of this one run. "
         "Filled: active latents. Hollow: inactive ones. The numbers are in the tables below."
     )
-    return Figure(f"ces-{_slug(data)}", f"{data}: causal effect strength.", caption, _panels(groups, draw))
+    return Figure(f"ces-{slug(data)}", f"{data}: causal effect strength.", caption, _panels(groups, draw))
 
 
 def step_curves(data: str, groups: Sequence[Group]) -> Figure:
@@ -174,7 +174,7 @@ def step_curves(data: str, groups: Sequence[Group]) -> Figure:
     found = {(id(g), grid): g.shown.effects(grid) for g in groups for grid in ("fixed", "posterior")}
     means = {key: _whole(effects) for key, effects in found.items() if effects}
     for group in groups:
-        order = [row["latent"] for row in _order(group.shown)]
+        order = [row["latent"] for row in ordered_latents(group.shown)]
         for grid, x_label in (("fixed", "step δ, units of z"), ("posterior", "step t, posterior sd")):
             title = f"{data}, {group.label}, seed {group.shown.seed}: {'raw' if grid == 'fixed' else 'posterior'} steps"
             effects = found[id(group), grid]
@@ -191,7 +191,7 @@ def step_curves(data: str, groups: Sequence[Group]) -> Figure:
         "95&nbsp;% bootstrap bands over images; the others in grey. A step of zero changes nothing by definition. "
         "CES is the mean of height over |step|: a straight line would mean an effect proportional to the step."
     )
-    return Figure(f"steps-{_slug(data)}", f"{data}: effect against step.", caption, tuple(panels))
+    return Figure(f"steps-{slug(data)}", f"{data}: effect against step.", caption, tuple(panels))
 
 
 def _step_lines(effects: Effects, mean: np.ndarray, order: Sequence[int]) -> list[Curve]:
@@ -208,7 +208,7 @@ def _step_lines(effects: Effects, mean: np.ndarray, order: Sequence[int]) -> lis
             bounds = [*bounds[:at], (0.0, 0.0), *bounds[at:]] if np.isfinite(bounds).all() else None
         low, high = zip(*bounds, strict=True) if bounds else (None, None)
         named = rank < NAMED
-        name, colour = (f"z{_subscript(i)}", COLOURS[rank]) if named else ("", GREY)
+        name, colour = (f"z{subscript(i)}", COLOURS[rank]) if named else ("", GREY)
         lines.append(Curve(x, [*y[:at], 0.0, *y[at:]], colour, low, high, name, faint=not named))
     return lines
 
@@ -220,8 +220,8 @@ def effect_maps(data: str, groups: Sequence[Group]) -> Figure:
 
     def draw(run: Run) -> str:
         values = found[next(id(group) for group in groups if group.shown is run)]
-        order = _order(run)
-        labels = [f"z{_subscript(row['latent'])}{'' if row['active'] else ' inactive'}" for row in order]
+        order = ordered_latents(run)
+        labels = [f"z{subscript(row['latent'])}{'' if row['active'] else ' inactive'}" for row in order]
         faint = [not row["active"] for row in order]
         chosen = values[[row["latent"] for row in order]]
         return pictures.maps(chosen, labels, faint, top, f"{data}: effect of each latent on the cells of the image")
@@ -236,7 +236,7 @@ def effect_maps(data: str, groups: Sequence[Group]) -> Figure:
     ticks = scale.ticks(4)
     bar = pictures.shade_bar(top, ticks, svg.tick_labels(ticks), "intensity per posterior sd") if found else ""
     panels = _panels(groups, draw, "effects-posterior.safetensors")
-    return Figure(f"maps-{_slug(data)}", f"{data}: where in the image each latent acts.", caption, panels, extra=bar)
+    return Figure(f"maps-{slug(data)}", f"{data}: where in the image each latent acts.", caption, panels, extra=bar)
 
 
 def _whole(effects: Effects) -> np.ndarray:
@@ -272,7 +272,7 @@ def _mark(run: Run) -> str:
     return "" if run.trained else "not trained"
 
 
-def _order(run: Run) -> list[Mapping]:
+def ordered_latents(run: Run) -> list[Mapping]:
     """The rows of the run's latents, from the greatest posterior CES to the least."""
     return sorted(run.result["latents"], key=lambda row: -(row.get("ces_posterior") or 0.0))
 
@@ -287,9 +287,9 @@ def _by_data(groups: Sequence[Group]) -> Iterator[tuple[str, list[Group]]]:
         yield data, list(members)
 
 
-def _subscript(n: int) -> str:
+def subscript(n: int) -> str:
     return str(n).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
 
 
-def _slug(words: str) -> str:
+def slug(words: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")

@@ -9,7 +9,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from .._files import write_text
-from . import figures
+from . import figures, inputs
 from .abstract import abstract, sizes
 from .aggregate import Group, definitions, groups
 from .figures import Figure
@@ -65,6 +65,7 @@ def render(study: Study) -> str:
         resampled=_resampled(study),
         runs=run_rows(found, metrics, places),
         more_runs=max(0, len(study.runs) - ROWS),
+        inputs=inputs.blocks(inputs.measured(found)),
         sections=detail.sections,
         latents=detail.tables,
         single=any(len(group.trained) == 1 for group in found),
@@ -122,7 +123,8 @@ def _detail(found: Sequence[Group], metrics: Mapping[str, tuple[str, str]]) -> D
         if size < LIMIT / 2:
             tables.append(table)
 
-    sections: dict[str, list[tuple[int, Figure]]] = {"results": [], "training": [], "pictures": [], "effects": []}
+    names = ("results", "training", "pictures", "inputs", "effects")
+    sections: dict[str, list[tuple[int, Figure]]] = {name: [] for name in names}
     left_out = []
     for section, figure in _figures(by_data, chosen, metrics):
         weight = sum(len(panel.drawing) for panel in figure.panels)
@@ -147,6 +149,9 @@ def _figures(
     for make in (figures.reconstructions, figures.traversals):
         for data, members in by_data.items():
             yield "pictures", make(data, members)
+    for data, members in by_data.items():
+        if having := inputs.measured(members):
+            yield "inputs", inputs.matrices(data, having)
     for make in (figures.strengths, figures.step_curves, figures.effect_maps):
         for data, members in by_data.items():
             yield "effects", make(data, members)

@@ -95,6 +95,33 @@ def maps(values: np.ndarray, labels: Sequence[str], faint: Sequence[bool], top: 
     return picture("".join(parts), across * (side + 10) - 9, lines * (height + 22), what)
 
 
+def matrix(
+    values: np.ndarray, rows: Sequence[str], columns: Sequence[str], faint: Sequence[bool], top: float, what: str
+) -> str:
+    """A matrix of shades from white, 0, to dark blue, `top`, with its numbers; NaN is left white with a dash."""
+    count, across = values.shape
+    left, height, head = LABELS + 8, 24.0, 18.0
+    width = (WIDTH - left) / across
+    shades = (np.clip(np.nan_to_num(values) / top, 0, 1) * 255).round().astype(np.uint8)
+    box = {"x": left, "y": head, "width": WIDTH - left, "height": count * height}
+    address = png(enlarged(shades, 60), PALETTE)
+    parts = [tag("image", href=address, preserveAspectRatio="none", cls="pixels", **box)]
+    parts.append(tag("rect", cls="frame", **box))
+    for c, name in enumerate(columns):
+        cls = "tick faint" if faint[c] else "tick"
+        parts.append(text(left + (c + 0.5) * width, 12, name, "middle", cls))
+    for r, name in enumerate(rows):
+        y = head + (r + 0.5) * height + 3.8
+        parts.append(text(left - 8, y, name, "end", "label"))
+        for c in range(across if width >= 22 else 0):
+            value = values[r, c]
+            cls = "tick light" if shades[r, c] > 165 else "tick dark"
+            places = 2 if value < 9.995 else 1
+            words = f"{value:.{places}f}" if np.isfinite(value) else "–"
+            parts.append(text(left + (c + 0.5) * width, y, words, "middle", cls))
+    return picture("".join(parts), WIDTH, head + count * height + 2, what)
+
+
 def shade_bar(top: float, ticks: Sequence[float], labels: Sequence[str], unit: str) -> str:
     """The colour bar of `maps`, 0 to `top`, with its unit."""
     left, width = 8.0, 240.0

@@ -133,6 +133,12 @@ def _check(result: dict[str, Any]) -> None:
     for draws in result["replicates"].values():
         if not all(isinstance(draw, int | float) and math.isfinite(draw) for draw in draws):
             raise ValueError("replicates are not all numbers")
+    for inputs in result.get("inputs", {}).values():  # from the second protocol on
+        entries = [site[key] for site in inputs["sites"] for key in ("polysemanticity", "monosemantic")]
+        for entry in [*entries, *inputs["isolation"]]:
+            entry["value"]
+        if len(inputs["latents"]["effect"]) != len(inputs["variants"]) or not inputs["variants"]:
+            raise ValueError("the effects of inputs are not a row a variant")
     rows = [(row, ("latent", "active")) for row in result["latents"]] + [(row, ("step",)) for row in result["history"]]
     for row, keys in rows:
         for key in keys:

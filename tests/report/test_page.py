@@ -219,6 +219,36 @@ def test_undefined_numbers_are_dashes(study, change, page):
     assert [row[-1].strip() for row in (estimates, controls, seeds)] == ["–", "–", "–, –"]
 
 
+def test_effects_of_the_input_over_seeds(study, page):
+    found = page(study)
+    runs = [results(study)[f"digits-vae-s{seed}"]["inputs"] for seed in (0, 1)]
+    rows = {row[0]: row[1:] for row in reversed(found.tables["sites-table"])}  # the first group's rows last, to stay
+    for n, site in enumerate(runs[0]["trained"]["sites"]):
+        units, *cells = rows[site["site"]]
+        assert units == str(site["units"])
+        picked = [(k, w) for k in ("polysemanticity", "monosemantic") for w in ("trained", "untrained")]
+        for cell, (key, when) in zip(cells, picked, strict=True):
+            assert_mean(cell, [run[when]["sites"][n][key]["value"] for run in runs])
+    rows = {row[0]: row[1:] for row in reversed(found.tables["isolation-table"])}
+    for n, variant in enumerate(runs[0]["trained"]["variants"]):
+        for cell, when in zip(rows[variant], ("trained", "untrained"), strict=True):
+            assert_mean(cell, [run[when]["isolation"][n]["value"] for run in runs])
+
+
+def assert_mean(cell, values):
+    """The cell holds the mean of two seeds and, where they differ, its t interval."""
+    values = np.array(values)
+    half = stats.t.ppf(0.975, 1) * values.std(ddof=1) / np.sqrt(2)
+    assert_printed(cell, values.mean(), *([values.mean() - half, values.mean() + half] if half else []))
+
+
+def test_runs_of_the_first_protocol_have_no_effects_of_the_input(study, change, page):
+    change(study, "*", lambda result: result.pop("inputs"))
+    found = page(study)
+    assert found.problems == []
+    assert "inputs" not in found.ids and "sites-table" not in found.tables
+
+
 def test_what_does_not_fit_is_left_out_and_said(study, page, monkeypatch):
     from vaecirc_fast.report import page as module
 

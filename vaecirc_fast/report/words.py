@@ -125,7 +125,7 @@ def typeset(definition: str) -> Markup:
     """A definition in ASCII letters, as in "Var_x[mu_i] / s_i^2", with its letters set as mathematics."""
     text = str(escape(definition))
     text = re.sub(r"\bz\b", "<i>z</i>", text)  # the lone letter: one with a subscript is no word boundary
-    text = re.sub(r"\bv(?=\))", "<i>v</i>", text)
+    text = re.sub(r"\bv\b", "<i>v</i>", text)
     text = _SUBSCRIPTED.sub(lambda m: f"{_letter(m[1])}<sub>{m[2]}</sub>{'<sup>2</sup>' if m[3] else ''}", text)
     text = re.sub(r"\bdelta\b", "<i>δ</i>", text)
     text = re.sub(r"\|dy\|", "|Δ<i>y</i>|", text)

@@ -300,6 +300,7 @@ struct Backward {
     int P, G;
 };
 
+// Zero times anything, NaN too, is zero: see the contract.
 template <class T>
 __device__ T product(T factor, T value) {
     return factor == 0 ? 0 : factor * value;
@@ -359,7 +360,7 @@ __global__ void __launch_bounds__(THREADS, 2) backward_kernel(const __grid_const
                 if (group[j] < 0) g = u = 0;
                 through[j] += g;
                 direct[j] += u;
-                narrow(SIGMOID ? g * y * (1 - y) + u : g + u, out.at[j]);
+                narrow((SIGMOID ? product(g, y * (1 - y)) : g) + u, out.at[j]);
             }
             store<IN, V>(gradient, out);
             gradient += f.P;
@@ -369,7 +370,8 @@ __global__ void __launch_bounds__(THREADS, 2) backward_kernel(const __grid_const
     const int64_t to = row * f.P + p;
     T total[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) total[j] = -(SIGMOID ? through[j] * y0[j] * (1 - y0[j]) : through[j]) - direct[j];
+    for (int j = 0; j < V; ++j)
+        total[j] = -(SIGMOID ? product(through[j], y0[j] * (1 - y0[j])) : through[j]) - direct[j];
     if (f.parts == 1) {
         Vector<IN, V> out;
 #pragma unroll

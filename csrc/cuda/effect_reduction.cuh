@@ -42,7 +42,8 @@ struct EffectReductionBackward {
     Link link;
     int64_t B, I, P, G;
     // (B or 1, I, 4, G): per group the factors of sign(dy), dy, 1 and the raw difference, of the sums' type. A factor
-    // of zero adds nothing, even where what it multiplies is NaN or infinite.
+    // of zero adds nothing, even where what it multiplies is NaN or infinite; nor does a gradient of zero before a
+    // link.
     const void* factors;
     int64_t factors_stride;  // elements from one sample's factors to the next; 0 when all share them
     void* grad_perturbed;    // (B, I, P), of the inputs' type

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .aggregate import Group
 from .results import Study
 from .tables import Places, ranged
-from .words import counted, data_name, decimals, listed, number, plain
+from .words import counted, data_name, decimals, listed, model_name, number, plain
 
 RULE = "its reconstruction error is at most half of the mean image's and at least three latents are active"
 
@@ -15,7 +15,7 @@ RULE = "its reconstruction error is at most half of the mean image's and at leas
 def abstract(study: Study, found: Sequence[Group], places: Places) -> list[str]:
     """What was done and found, in sentences made from the runs."""
     runs = study.runs
-    models = listed(dict.fromkeys(group.label for group in found))
+    models = listed(dict.fromkeys(model_name(run.config) for run in runs))
     data = listed(dict.fromkeys(group.data for group in found))
     steps = " or ".join(dict.fromkeys(plain(run.config.get("steps")) for run in runs))
     batch = " or ".join(dict.fromkeys(plain(run.config.get("batch_size")) for run in runs))
@@ -62,7 +62,7 @@ def _strengths(found: Sequence[Group], places: Places) -> list[str]:
         return number(value, places.mean(group.data, name))
 
     ranked = sorted(measured, key=lambda entry: entry[1])
-    where = [f"{shown(group, value)} ({group.data}, {group.label})" for group, value, _ in (ranked[0], ranked[-1])]
+    where = [f"{shown(group, value)} for {group.label} on {group.data}" for group, value, _ in (ranked[0], ranked[-1])]
     span = f"is {where[0]}" if len(measured) == 1 else f"runs from {where[0]} to {where[1]}"
     ratios = [value / control for _, value, control in measured if control > 0]
     against = ""
@@ -70,7 +70,7 @@ def _strengths(found: Sequence[Group], places: Places) -> list[str]:
         p = decimals([min(ratios)], 2)
         ends = [number(min(ratios), p), number(max(ratios), p)]
         against = f", or {ends[0] if ends[0] == ends[1] else ' to '.join(ends)} times that of the untrained networks"
-    sentences = [f"Posterior CES, the mean over all latents, {span} intensity per posterior sd{against}."]
+    sentences = [f"Posterior CES, the mean over all latents, in intensity per posterior sd, {span}{against}."]
     bounded = [cell for _, cell in cells if cell.side != "unknown"]
     if bounded:
         clear = sum(cell.side == "above" for cell in bounded)

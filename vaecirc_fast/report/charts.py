@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,18 +32,20 @@ def dots(rows: Sequence[Dots], label: str, what: str) -> str:
 
     The axis holds all estimates, controls and seeds. An interval that leaves it is cut and ends in an arrow.
     """
-    left = min(150.0, 14 + CHARACTER * max(len(row.label) for row in rows))
+    labels = [textwrap.wrap(row.label, 24, max_lines=2, placeholder=" …") for row in rows]
+    left = 16 + CHARACTER * max(len(words) for lines in labels for words in lines)
     points = [v for row in rows for v in row.values] + [e.value for r in rows for e in (r.estimate, r.control) if e]
     scale = Scale(*_range(points, rows), left, NARROW - 12)
     headings = sum(bool(row.heading) for row in rows)
     bottom = 8 + 34 * len(rows) + 18 * headings
     parts = [x_axis(scale, bottom, label, top=4)]
     y = 8.0
-    for row in rows:
+    for row, lines in zip(rows, labels, strict=True):
         if row.heading:
             parts.append(text(0, y + 11, row.heading, cls="heading"))
             y += 18
-        parts.append(text(8, y + 16, row.label, cls="label"))
+        for n, words in enumerate(lines):
+            parts.append(text(8, y + (10 if len(lines) > 1 else 16) + 12 * n, words, cls="label"))
         parts += [line(scale(v), y + 4, scale(v), y + 14, "seed") for v in row.values]
         if row.estimate:
             parts.append(_whisker(row.estimate, scale, y + 9, "estimate"))

@@ -223,6 +223,7 @@ _SETTINGS = {
     "precision": "precision",
     "images": "images judged on, at most",
     "sweep_images": "images swept",
+    "pairs": "pairs of images, input manipulation",
     "device": "device",
     "official": "official data files",
     "protocol": "protocol version",

@@ -107,7 +107,9 @@ def _doctor(arguments: list[str]) -> int:
         for name, value in facts[title].items():
             table.add_row(name, str(value))
         console.print(table)
-    table = Table("op", "backend", "here", "used for", "why not", title="backends", title_justify="left", box=box.SIMPLE)
+    table = Table(
+        "op", "backend", "here", "used for", "why not", title="backends", title_justify="left", box=box.SIMPLE
+    )
     for row in facts["backends"]:
         here = "yes" if row["available"] else "no"
         table.add_row(row["op"], row["backend"], here, row["chosen_for"], row["why_not"])
@@ -139,7 +141,9 @@ def _facts() -> dict[str, Any]:
             "system": f"{platform.system()} {platform.machine()}",
             "threads": torch.get_num_threads(),
             "C++ module": _native.cpp_reason() or f"built; instruction set {_native.instruction_set()}",
-            "instruction sets here": ", ".join(_native.cpp().instruction_sets()) if not _native.cpp_reason() else "none",
+            "instruction sets here": ", ".join(_native.cpp().instruction_sets())
+            if not _native.cpp_reason()
+            else "none",
             "bfloat16 on the CPU": "yes" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no",
             "GPU": gpu,
         },

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -9,6 +10,7 @@
 
 #include "common.h"
 #include "cpu/effect_reduction.h"
+#include "cpu/render_sprites.h"
 
 namespace py = pybind11;
 using namespace vaecirc;
@@ -19,9 +21,10 @@ struct Kernels {
     const char* set;
     bool (*effect_reduction)(const EffectReduction&);
     bool (*effect_reduction_backward)(const EffectReductionBackward&);
+    int64_t (*render_sprites)(const RenderSprites&);
 };
 
-#define VAECIRC_KERNELS(set) {#set, set::effect_reduction, set::effect_reduction_backward},
+#define VAECIRC_KERNELS(set) {#set, set::effect_reduction, set::effect_reduction_backward, set::render_sprites},
 const Kernels BUILT[] = {VAECIRC_FOR_EACH_ISA(VAECIRC_KERNELS)};
 const Kernels* chosen = &BUILT[0];
 
@@ -85,5 +88,13 @@ PYBIND11_MODULE(_C, m) {
               checked(chosen->effect_reduction_backward(
                   {at<void>(base), at<void>(perturbed), at<int32_t>(labels), DType(dtype), Link(link), B, I, P, G,
                    at<void>(factors), factors_stride, at<void>(grad_base), at<void>(grad_perturbed), threads}));
+          });
+    m.def("render_sprites",
+          [](uintptr_t factors, int64_t B, const std::array<int64_t, 6>& sizes, uintptr_t x, int64_t vertices,
+             uintptr_t first, uintptr_t crossings, int format, uintptr_t out, bool fresh, int threads) {
+              py::gil_scoped_release release;
+              return chosen->render_sprites({at<int64_t>(factors), B, sizes.data(), at<int16_t>(x), vertices,
+                                             at<int32_t>(first), at<Crossing>(crossings), ImageFormat(format),
+                                             at<void>(out), fresh, threads});
           });
 }

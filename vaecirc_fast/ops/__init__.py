@@ -1,5 +1,6 @@
 """The ops: one file each, with its checks, its schema, its gradient and its table of kernels."""
 
 from .effect_reduction import effect_reduction
+from .render_sprites import render_sprites
 
-__all__ = ["effect_reduction"]
+__all__ = ["effect_reduction", "render_sprites"]

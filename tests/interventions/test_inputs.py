@@ -93,7 +93,7 @@ def test_chosen_factors_in_the_order_given():
     [
         ("blocks", dict(factors=["fixed"]), "'fixed' has one value"),
         ("blocks", dict(factors=["a", "hue"]), "'hue' is unknown; blocks has a, fixed, b, c"),
-        ("digits", {}, "the factors of 'digits' do not determine the image"),
+        ("digits", {}, "factor_pairs: the factors of 'digits' do not determine the image"),
         ("blocks", dict(n=0), "n: expected at least 1"),
     ],
 )
@@ -568,6 +568,22 @@ def test_of_a_module_that_runs_twice_the_last_output_counts():
     base = torch.randn(10, 3, generator=seeded())
     found = input_effects(module, base, {"v": base.roll(1, 0)}, ["1"], replicates=0)
     assert found.tensor.shape == (1, 4)
+
+
+def test_a_site_must_be_reached_each_time():
+    """A branch that only some batches take: what an earlier batch left there does not stand in."""
+
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.positive = nn.Identity()
+
+        def forward(self, x):
+            return self.positive(x) if x.sum() > 0 else x
+
+    base = torch.ones(8, 2)
+    with pytest.raises(InputError, match="'positive' is not reached"):
+        input_effects(Branching(), base, {"v": -base}, ["positive"])
 
 
 class Odd(nn.Module):

@@ -55,7 +55,7 @@ def isolation(effects: Any, target: Any) -> Tensor:
 
 
 def _checked(effects: Any) -> Tensor:
-    effects = torch.as_tensor(effects).double()
+    effects = torch.as_tensor(effects, dtype=torch.float64)
     if effects.ndim != 2 or 0 in effects.shape:
         raise InputError(f"effects: expected (K, U) with K, U > 0, got {tuple(effects.shape)}")
     unmeasured = effects.isnan().all(0)

@@ -14,7 +14,7 @@ from .aggregate import Group, over_seeds
 from .figures import Figure, Panel, ordered_latents, slug, subscript
 from .results import Run
 from .tables import Printed, bracketed
-from .words import NOTHING, number
+from .words import NOTHING, counted, number
 
 KINDS = {
     "factors": ("factor", "one factor is redrawn and all others kept"),
@@ -70,6 +70,7 @@ class InputBlock:
     kind: str
     count: int
     pairs: int
+    seeds: str
     sites: Sequence[tuple[str, str, Sequence[Printed]]]
     variants: Sequence[tuple[str, Sequence[Printed]]]
 
@@ -98,7 +99,8 @@ def blocks(groups: Sequence[Group]) -> list[InputBlock]:
             variants.append((variant, cells))
         kind = KINDS.get(first["kind"], (first["kind"], ""))[0]
         count = len(first["variants"])
-        made.append(InputBlock(group.data, group.label, kind, count, first["pairs"], sites, variants))
+        seeds = counted(len(group.trained), "seed")
+        made.append(InputBlock(group.data, group.label, kind, count, first["pairs"], seeds, sites, variants))
     return made
 
 

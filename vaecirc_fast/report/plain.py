@@ -37,6 +37,8 @@ def main_table(directory: Path) -> str:
     Console(file=out, width=200, highlight=False, color_system=None).print(table)
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     notes = ["Means over trained seeds, intervals over seeds. ▲ ▼: interval wholly above or below the control's."]
+    if any(len(group.trained) == 1 for group in found):
+        notes.append("One seed has no interval over seeds; the report has the interval within the run.")
     bad = [run.path.name for run in study.runs if not run.trained]
     if bad:
         notes.append(f"Not trained, in no mean: {', '.join(bad)}.")

@@ -121,9 +121,9 @@ def _controlled(cell: Cell | None, places: int) -> Printed:
 
 
 def bracketed(estimate: Estimate, places: int) -> str:
-    """The interval, or why there is none: one seed bounds nothing, and equal values have no spread to tell from."""
+    """The interval; nothing for one seed, which bounds nothing; a word for equal values, whose spread is unknown."""
     if math.isinf(estimate.low):
-        return "one seed"
+        return ""
     if estimate.low == estimate.high:
         return "no spread"
     return interval(estimate.low, estimate.high, places)

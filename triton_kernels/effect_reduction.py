@@ -205,6 +205,7 @@ def forward(base, perturbed, labels, order, offsets, kinds, link, sum_samples):
             BLOCK_G=block_g,
             BLOCK_T=block_t,
             WORKING=_working(base.dtype),
+            num_warps=8,
         )
     return out.sum(0) if sum_samples else out
 
@@ -217,7 +218,7 @@ def backward(base, perturbed, labels, order, offsets, factors, link):
     groups = offsets.numel() - 1
     grad_base, grad_perturbed = torch.empty_like(base), torch.empty_like(perturbed)
     if base.numel():
-        block = min(1024, triton.next_power_of_2(elements))
+        block = min(2048 // base.element_size(), triton.next_power_of_2(elements))  # 16 bytes a thread, of 4 warps
         _effect_reduction_backward_kernel[(samples, triton.cdiv(elements, block))](
             *(base, perturbed, labels, factors, interventions * 4 * groups if factors.shape[0] > 1 else 0),
             *(grad_base, grad_perturbed, interventions, elements, groups),
@@ -226,3 +227,40 @@ def backward(base, perturbed, labels, order, offsets, factors, link):
             WORKING=_working(base.dtype),
         )
     return grad_base, grad_perturbed
+
+
+def _outputs(dtype, elements=4096, groups=64):
+    """Base, perturbed, labels, order and offsets, for the calls below."""
+    sizes = {"base": (64, elements), "perturbed": (64, 100, elements)}
+    outputs = [torch.empty(size, dtype=dtype, device="cuda") for size in sizes.values()]
+    tables = [torch.empty(n, dtype=torch.int32, device="cuda") for n in (elements, elements, groups + 1)]
+    return *outputs, *tables
+
+
+def _factors(samples, groups=64):
+    return torch.empty(samples, 100, 4, groups, device="cuda")
+
+
+# Launches that are compiled for GPUs which are not at hand, and instructions that their machine code must hold: see
+# tests/compile_gate.py. A backward pass reads its rows in order, so its loads are 16 bytes wide where rows are aligned.
+GATE = {
+    "l1 on cells, float32": (lambda: forward(*_outputs(torch.float32), [0], 0, False), ("LDG.E", "STG.E")),
+    "all effects from logits, bfloat16": (
+        lambda: forward(*_outputs(torch.bfloat16), [0, 1, 2, 3, 4, 5], 1, False),
+        ("LDG.E.U16", "MUFU.EX2", "MUFU.RCP"),
+    ),
+    "summed over samples, whole output, float16": (
+        lambda: forward(*_outputs(torch.float16, 12288, 1), [0, 5], 0, True),
+        ("LDG.E.U16",),
+    ),
+    "odd rows, float64": (lambda: forward(*_outputs(torch.float64, 4095), [2], 1, False), ("LDG.E.64", "DFMA")),
+    "gradient, float32": (
+        lambda: backward(*_outputs(torch.float32), _factors(64), 0),
+        ("LDG.E.128", "STG.E.128"),
+    ),
+    "gradient through logits, shared factors, bfloat16": (
+        lambda: backward(*_outputs(torch.bfloat16), _factors(1), 1),
+        ("LDG.E.128", "STG.E.128", "MUFU.EX2"),
+    ),
+    "gradient, odd rows, float64": (lambda: backward(*_outputs(torch.float64, 4095), _factors(64), 1), ("LDG.E.64",)),
+}

@@ -83,7 +83,8 @@ class Effects:
     def load(cls, path: str | Path) -> Effects:
         """Read what `save` wrote; InputError names a damaged or foreign file."""
         tensors, facts = read_tensors(Path(path), "effects", "delete it and measure again")
-        return cls(**tensors, **facts | {"dims": tuple(facts["dims"])})
+        facts["dims"] = tuple(facts["dims"])
+        return cls(**tensors, **facts)
 
 
 _TENSORS = ("tensor", "group_weights", "step_size", "replicates", "step_replicates")

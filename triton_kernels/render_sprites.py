@@ -75,8 +75,8 @@ def _render_sprites_kernel(
 
 def forward(factors, sizes, x, first, crossings, max_crossings, form, out):
     """Writes the images of factors (B, 6), all in range, to `out`; the tables are those of ops/render_sprites.py."""
-    # A GPU has room for one image in the registers of a program; the interpreter wants few, big programs.
-    block = 1 if factors.is_cuda else 64
+    # On a GPU two images fill the registers of a program; the interpreter wants few, big programs.
+    block = 2 if factors.is_cuda else 64
     if len(factors):
         _render_sprites_kernel[(triton.cdiv(len(factors), block),)](
             *(factors.contiguous(), x, first, crossings, out, len(factors)),

@@ -34,13 +34,9 @@ struct Spread {
 };
 constexpr Spread SPREAD;
 
-INLINE int64_t outline_of(const RenderSprites& args, const int64_t* v) {
-    return (v[1] * args.sizes[2] + v[2]) * args.sizes[3] + v[3];
-}
-
 // The rows of one image; bit c of a row is column c.
 INLINE void draw(const RenderSprites& args, const int64_t* v, uint64_t rows[SIDE]) {
-    const int64_t outline = outline_of(args, v);
+    const int64_t outline = (v[1] * args.sizes[2] + v[2]) * args.sizes[3] + v[3];
     const int16_t* x = args.x + (outline * args.sizes[4] + v[4]) * args.vertices;
     const int32_t* first = args.first + outline * args.sizes[5] + v[5];
     const Crossing* crossing = args.crossings + first[0];
@@ -167,7 +163,7 @@ int64_t first_wrong(const RenderSprites& args) {
 
 int64_t render_sprites(const RenderSprites& args) {
     const int64_t wrong = first_wrong(args);
-    if (wrong >= 0) return wrong;
+    if (wrong >= 0 || args.B == 0) return wrong;
     switch (args.format) {
         case ImageFormat::f32: choose<ImageFormat::f32>(args); break;
         case ImageFormat::u8: choose<ImageFormat::u8>(args); break;

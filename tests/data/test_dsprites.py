@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from vaecirc_fast.data.dsprites import OFFICIAL_FILE, DSprites, draw_sprites, sprite_centres, sprite_outlines
+import vaecirc_fast as vf
+from vaecirc_fast.data.dsprites import OFFICIAL_FILE, DSprites
 from vaecirc_fast.errors import InputError
+from vaecirc_fast.reference.render_sprites import draw_sprites, sprite_centres, sprite_outlines
 
 FRAMES = Path(__file__).parents[3] / "shared" / "data" / "dsprites_official_frames.npz"
 
@@ -19,8 +21,15 @@ def drawn():
     return DSprites()
 
 
+@pytest.fixture(params=["reference", "auto"])
+def forced(request):
+    """The reference of the drawing op, and the kernel that is chosen here; all of them are in tests/ops."""
+    with vf.backend(request.param):
+        yield
+
+
 @pytest.mark.skipif(not FRAMES.exists(), reason="the official frames are not part of the repository")
-def test_every_pixel_of_the_official_frames(drawn):
+def test_every_pixel_of_the_official_frames(drawn, forced):
     with np.load(FRAMES, allow_pickle=False) as frames:
         indices = drawn.index_of(torch.from_numpy(frames["factors"].astype(np.int64)))
         wrong = (drawn.images(indices)[:, 0].numpy() != frames["images"]).sum((1, 2))
@@ -53,7 +62,7 @@ def plain_image(shape, scale, orientation, pos_x, pos_y):
     return inside
 
 
-def test_images_equal_a_plain_rasteriser(drawn):
+def test_images_equal_a_plain_rasteriser(drawn, forced):
     generator = torch.Generator().manual_seed(3)
     x, v = drawn.sample(150, generator)
     expected = np.stack([plain_image(*row[1:]) for row in v.tolist()])

@@ -43,8 +43,6 @@ def render_sprites(factors: Tensor, *, dtype: str = "float32", out: Tensor | Non
         run = torch.ops.vaecirc_fast.render_sprites if transformed or is_traced(factors) else _run
         return run(factors, form)
     _check_out(out, factors, form)
-    if transformed and any(torch._C._functorch.is_batchedtensor(t) for t in (factors, out)):
-        raise InputError("out: cannot be given under vmap")
     run = torch.ops.vaecirc_fast.render_sprites_into if transformed or is_traced(factors, out) else _run_into
     run(factors, form, out)
     return out
@@ -111,7 +109,12 @@ def _vmap(info: Any, in_dims: tuple, factors: Tensor, form: int) -> tuple[Tensor
     return out.unflatten(0, factors.shape[:2]), 0
 
 
+def _vmap_into(info: Any, in_dims: tuple, factors: Tensor, form: int, out: Tensor):
+    raise InputError("out: cannot be given under vmap")
+
+
 torch.library.register_vmap("vaecirc_fast::render_sprites", _vmap, lib=LIBRARY)
+torch.library.register_vmap("vaecirc_fast::render_sprites_into", _vmap_into, lib=LIBRARY)
 
 
 @functools.cache
@@ -127,8 +130,8 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         crossings.append(torch.stack([row, edge, along, rise], 1).short())
         counts.append(torch.bincount(outline, minlength=len(some) * len(centres)))
     assert int(torch.cat(counts).max()) <= MAX_CROSSINGS
-    tables = torch.cat(abscissas), torch.cat(counts).cumsum(0).int(), torch.cat(crossings)
-    return tuple(table.to(device) for table in tables)
+    first = torch.cat(counts).cumsum(0).int()
+    return torch.cat(abscissas).to(device), first.to(device), torch.cat(crossings).to(device)
 
 
 def _reference(factors: Tensor, form: int, out: Tensor | None) -> Tensor:

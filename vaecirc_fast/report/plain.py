@@ -27,7 +27,7 @@ def main_table(directory: Path) -> str:
     for group, block in zip(found, main_blocks(found, metrics, Places(found)), strict=True):
         trained, runs = len(group.trained), len(group.runs)
         table.add_section()
-        table.add_row(f"{block.data}, {block.label}", f"{trained} of {runs} seeds", style="bold")
+        table.add_row(f"{block.data}, {block.label}", f"{trained} of {runs} seed{'s' * (runs > 1)}", style="bold")
         if not block.seeds:
             continue
         for name, estimate, control in zip(metrics, block.estimates, block.controls, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 import subprocess
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from vaecirc_fast._native import processor
 
 ROUNDS = 15
 
@@ -40,8 +41,5 @@ def machine() -> str:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
-        file = Path("/proc/cpuinfo")
-        model = re.search(r"model name\s*:\s*(.+)", file.read_text()) if file.exists() else None
-        processor = model.group(1) if model else platform.processor()
-        name = f"{processor} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
+        name = f"{processor()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -5,8 +5,10 @@ The instruction set is the widest that runs here; VAECIRC_ISA=baseline|avx2|avx5
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import platform
 from types import ModuleType
 
 import torch  # loads libgomp first: _C then shares its threads instead of bringing a second runtime
@@ -102,6 +104,15 @@ def cuda_place(tensor: torch.Tensor) -> tuple[int, int]:
 def threads(elements: int) -> int:
     """Threads for a kernel over `elements` elements: torch's number, or one for tiny inputs and in forked children."""
     return 1 if _forked or elements < 1 << 18 else torch.get_num_threads()
+
+
+def processor() -> str:
+    """The processor's name, as its maker gives it."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def instruction_set() -> str:

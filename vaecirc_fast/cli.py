@@ -139,6 +139,7 @@ def _facts() -> dict[str, Any]:
         },
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
+            "processor": _native.processor(),
             "threads": torch.get_num_threads(),
             "C++ module": _native.cpp_reason() or f"built; instruction set {_native.instruction_set()}",
             "instruction sets here": ", ".join(_native.cpp().instruction_sets())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -190,9 +189,10 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
         "machine": {
             "version": __version__,
             "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _native.processor(),
             "instruction_set": _native.instruction_set(),
             "threads": torch.get_num_threads(),
+            "precision": trained.precision,
         },
         "timing": {"training_seconds": seconds, "sweeps": measured.plans},
     }

@@ -36,7 +36,8 @@ class Run:
 
     `model`: the one given, trained in place; `history`: a row per logged step (`step`, counted from 1, and the loss
     terms of that step's batch, in nats per image); `steps` done in all; `images_per_second` of this call, NaN if
-    nothing was left to do; `out`: the directory of its files, or None.
+    nothing was left to do; `out`: the directory of its files, or None;
+    `precision` "fp32" or "bf16", what "auto" came to.
     """
 
     model: VAE
@@ -44,6 +45,7 @@ class Run:
     steps: int
     images_per_second: float
     out: Path | None
+    precision: str
 
 
 def fit(
@@ -123,7 +125,7 @@ def fit(
     if directory is not None and (first < steps or not (directory / MODEL).exists()):
         models.save(model, directory / MODEL)
     rate = (steps - first) * batch_size / seconds if first < steps else math.nan
-    return Run(model, trainer.frame(), steps, rate, directory)
+    return Run(model, trainer.frame(), steps, rate, directory, settings.precision)
 
 
 class _Trainer:

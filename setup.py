@@ -52,8 +52,8 @@ class BuildKernels(build_ext):
     """Compiles the kernels and links them into their modules."""
 
     def run(self):
-        # An old module must not stand in for one that is not built now.
-        Path("vaecirc_fast", self.get_ext_filename("_C_cuda")).unlink(missing_ok=True)
+        if self.inplace or self.editable_mode:  # an old module must not stand in for one that is not built now
+            Path("vaecirc_fast", self.get_ext_filename("_C_cuda")).unlink(missing_ok=True)
         super().run()
 
     def build_extension(self, ext):
@@ -66,6 +66,8 @@ class BuildKernels(build_ext):
             raise CompileError("no nvcc under CUDA_HOME, on the PATH or in NVIDIA's pip packages (nvidia-cuda-nvcc)")
         known = call_nvcc(nvcc, "--list-gpu-code")
         names = [str(n) for n in CUDA_ARCHITECTURES if f"sm_{n}\n" in known]
+        if not names:
+            raise CompileError(f"{nvcc} knows none of sm_{', sm_'.join(map(str, CUDA_ARCHITECTURES))}")
         targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in names]
         targets.append(f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}")
         for source in CUDA_KERNELS:

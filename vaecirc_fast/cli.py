@@ -129,7 +129,7 @@ def _facts() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             return "not installed"
 
-    packages = ("torch", "triton", "numpy", "scipy", "scikit-learn", "pandas", "safetensors", "matplotlib")
+    packages = ("torch", "triton", "numpy", "scipy", "scikit-learn", "pandas", "safetensors")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     return {
         "versions": {

@@ -115,7 +115,7 @@ def draw_sprites(outlines: Tensor, centres: Tensor) -> Tensor:
 def pack(images: Tensor) -> Tensor:
     """Binary images (B, 64, 64) one bit a pixel: uint8 (B, 512), row by row, the first pixel in the highest bit."""
     weights = 2 ** torch.arange(7, -1, -1, dtype=torch.uint8, device=images.device)
-    return (images.to(torch.uint8).view(len(images), -1, 8) * weights).sum(2, dtype=torch.uint8)
+    return (images.to(torch.uint8).view(-1, SIDE * SIDE // 8, 8) * weights).sum(2, dtype=torch.uint8)
 
 
 def _turn(n: int) -> Tensor:

@@ -4,6 +4,7 @@ A program draws a block of images, each as 64 rows of 64 bits: the columns from 
 are 2^right - 2^left, so a row is the sum of +-2^column over its crossings. Then it spreads the bits into the format.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -86,3 +87,22 @@ def forward(factors, sizes, x, first, crossings, max_crossings, form, out):
             FORM=form,
             BLOCK=block,
         )
+
+
+def _draw(form, shape, dtype):
+    """A batch drawn with tables of their real sizes, for the calls below."""
+    factors = torch.empty(4096, 6, dtype=torch.int64, device="cuda")
+    x = torch.empty(720, 32, 151, dtype=torch.int16, device="cuda")
+    first = torch.empty(23041, dtype=torch.int32, device="cuda")
+    crossings = torch.empty(751_592, 4, dtype=torch.int16, device="cuda")
+    out = torch.empty(4096, *shape, dtype=dtype, device="cuda")
+    forward(factors, (1, 3, 6, 40, 32, 32), x, first, crossings, 64, form, out)
+
+
+# Launches that are compiled for GPUs which are not at hand, and instructions that their machine code must hold: see
+# tests/compile_gate.py.
+GATE = {
+    "float32": (lambda: _draw(0, (1, 64, 64), torch.float32), ("STG.E.128",)),
+    "uint8": (lambda: _draw(1, (64, 64), torch.uint8), ("STG.E.128",)),
+    "bits": (lambda: _draw(2, (512,), torch.uint8), ("STG.E.64",)),
+}

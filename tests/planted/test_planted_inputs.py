@@ -182,11 +182,11 @@ def test_score_is_zero_for_input_effects():
     assert (table["max_error"] <= 1e-12 * table["largest"]).all() and (table["largest"] > 0.5).all()
 
 
-def naive(p, reduce=lambda d: d.abs(), sd=lambda a: a.std(0, unbiased=False), rows=slice(None)):
+def naive(p, reduce=lambda d: d.abs(), sd=lambda a: a.std(0, unbiased=False), rows=slice(None), copy=torch.clone):
     """Effects by hooks; its arguments are where mistakes can be planted."""
     seen = []
     modules = dict(p.encoder.named_modules())
-    handles = [modules[s].register_forward_hook(lambda m, a, out: seen.append(out.clone())) for s in p.sites]
+    handles = [modules[s].register_forward_hook(lambda m, a, out: seen.append(copy(out))) for s in p.sites]
     with torch.no_grad():
         for x in [p.base, *p.variants.values()]:
             p.encoder(x[rows])
@@ -215,6 +215,7 @@ MISTAKES = {
     "units backwards": lambda p: right(p).flip(1),
     "half of the inputs": lambda p: naive(p, rows=slice(0, len(p.base) // 2)),
     "scale": lambda p: right(p) * (1 + 1e-6),
+    "read after the next layer overwrote it": lambda p: naive(p, copy=lambda out: out),
     "nothing": lambda p: torch.zeros(p.effects.shape),
 }
 
@@ -231,7 +232,5 @@ def test_score_notices(mistake):
 
 
 def test_score_refuses_a_wrong_shape():
-    with pytest.raises(
-        InputError, match=r"method: expected effects \(variant, unit\) \(3, 3\) for inputs_monosemantic"
-    ):
-        planted.score_inputs(lambda p: p.effects.T[:2])
+    with pytest.raises(InputError, match=r"\(variant, unit\) \(3, 5\) for inputs_polysemantic, got \(5, 3\)"):
+        planted.score_inputs(lambda p: p.effects.T)

@@ -11,9 +11,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # The same examples on every machine, so that a red test is red everywhere; search for new ones with
-# HYPOTHESIS_PROFILE=search.
-hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=25, deadline=None, database=None)
-hypothesis.settings.register_profile("search", max_examples=1000, deadline=None)
+# HYPOTHESIS_PROFILE=search. Fixtures of a function here force a backend or poison memory: for all examples alike.
+health = hypothesis.HealthCheck
+shared = hypothesis.settings(deadline=None, suppress_health_check=[health.function_scoped_fixture, health.too_slow])
+hypothesis.settings.register_profile("fixed", shared, derandomize=True, max_examples=25, database=None)
+hypothesis.settings.register_profile("search", shared, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 

@@ -1,0 +1,37 @@
+"""For every test of an op: new memory is poisoned, and `backend` goes through all backends of this machine."""
+
+import ctypes
+import platform
+
+import pytest
+import torch
+from backends import ALL, parameters
+
+M_PERTURB = -6  # glibc: fill what malloc gives with the complement of a byte
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(poisoned):
+    """torch's new memory holds NaN; that of the C library, which C++ kernels use, 0x7f7f...: 3.4e38 as float."""
+    perturb = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
+    if perturb:
+        perturb(M_PERTURB, 0x80)
+    yield
+    if perturb:
+        perturb(M_PERTURB, 0)
+
+
+@pytest.fixture(params=parameters(ALL))
+def backend(request):
+    """A backend, forced while the test runs."""
+    with request.param.forced() as backend:
+        yield backend
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These tests' tensors are tiny, and two threads on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import vaecirc_fast as vf
 from vaecirc_fast import _files, data, training
@@ -203,6 +204,9 @@ def test_more_seeds_keep_the_runs_that_are_done(undisturbed, tmp_path, monkeypat
     assert first != second
 
 
+SETS = {"digits": data.load("digits"), "dsprites": data.Dataset()}
+
+
 @pytest.mark.parametrize(
     ("only", "names"),
     [
@@ -212,7 +216,7 @@ def test_more_seeds_keep_the_runs_that_are_done(undisturbed, tmp_path, monkeypat
     ],
 )
 def test_only_chooses_by_name(only, names):
-    assert [name for name, _ in image.plan(config("x", seeds=2, only=only), CPU)] == names
+    assert [name for name, _ in image.plan(config("x", seeds=2, only=only), CPU, SETS)] == names
 
 
 def test_a_pattern_that_matches_nothing_is_refused(tmp_path, untrainable):
@@ -221,9 +225,9 @@ def test_a_pattern_that_matches_nothing_is_refused(tmp_path, untrainable):
     assert not (tmp_path / "new").exists()
 
 
-def ids(out="x", **changes):
+def ids(out="x", sets=SETS, **changes):
     store = RunStore(out)
-    return {store.run(name, run).id for name, run in image.plan(config(out, **changes), CPU)}
+    return {store.run(name, run).id for name, run in image.plan(config(out, **changes), CPU, sets)}
 
 
 @pytest.mark.parametrize(
@@ -243,6 +247,19 @@ def ids(out="x", **changes):
 )
 def test_what_changes_numbers_changes_every_id(change):
     assert not ids() & ids(**change)
+
+
+def test_other_images_under_the_same_name_change_every_id(tmp_path):
+    """A folder's runs are its images', wherever it lies."""
+    for folder, shade in (("mine", 10), ("copy", 10), ("yours", 11)):
+        (tmp_path / folder).mkdir()
+        for n in range(2):
+            Image.new("L", (8, 8), shade + n).save(tmp_path / folder / f"{n}.png")
+    mine, copy, yours = (
+        ids(sets={"folder": data.load("folder", root=tmp_path / folder)}, data=["folder"], data_root="x")
+        for folder in ("mine", "copy", "yours")
+    )
+    assert mine == copy and not mine & yours
 
 
 def test_what_changes_no_numbers_changes_no_id():

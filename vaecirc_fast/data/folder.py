@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,9 @@ class Folder(Dataset):
         arrays = [_read(file, side) for _, file in files]
         grey = all(np.array_equal(a[..., 0], a[..., 1]) and np.array_equal(a[..., 0], a[..., 2]) for a in arrays)
         stack = torch.from_numpy(np.stack(arrays)).movedim(3, 1)
-        self._images = (stack[:, :1] if grey else stack).contiguous().to(self.device)
-        self._classes = torch.tensor([[k] for k, _ in files], device=self.device)
+        images, labels = (stack[:, :1] if grey else stack).contiguous(), torch.tensor([[k] for k, _ in files])
+        self.contents = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
+        self._images, self._classes = images.to(self.device), labels.to(self.device)
         self.shape = (self._images.shape[1], side, side)
         self.factor_sizes = (len(classes),)
         self.class_names = tuple(p.name for p in classes)

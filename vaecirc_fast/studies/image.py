@@ -109,7 +109,7 @@ def run(config: Config, progress: bool = True) -> Path:
     device = _checked(config)
     store = RunStore(config.out)
     sets = {name: data.load(name, root=config.data_root, device=device) for name in config.data}
-    planned = plan(config, device)
+    planned = plan(config, device, sets)
     for _, c in planned:
         _check_training(c, sets[c["data"]], device)
     runs = [store.run(name, c) for name, c in planned]
@@ -121,7 +121,7 @@ def run(config: Config, progress: bool = True) -> Path:
     return page
 
 
-def plan(config: Config, device: torch.device) -> list[tuple[str, dict[str, Any]]]:
+def plan(config: Config, device: torch.device, sets: Mapping[str, data.Dataset]) -> list[tuple[str, dict[str, Any]]]:
     """Name and configuration of every run: everything that its numbers depend on, and nothing else."""
     runs = []
     for name in config.data:
@@ -135,6 +135,7 @@ def plan(config: Config, device: torch.device) -> list[tuple[str, dict[str, Any]
                     "protocol": PROTOCOL,
                     "data": name,
                     "official": config.data_root is not None,
+                    **({"contents": sets[name].contents} if sets[name].contents else {}),
                     "architecture": architecture,
                     "options": {"beta": config.beta} if architecture == "beta_vae" else {},
                     "seed": seed,

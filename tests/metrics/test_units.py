@@ -62,8 +62,8 @@ def test_polysemanticity_lies_between_one_and_the_number_of_factors(effects):
     dead = effects.sum(0) == 0
     assert values.shape == effects.shape[1:] and values.dtype == torch.float64
     assert torch.equal(values.isnan(), dead)
-    assert ((values >= 1 - 1e-12) & (values <= len(effects) * (1 + 1e-12)))[~dead].all()
-    assert (values[~dead] <= (effects > 0).sum(0)[~dead] * (1 + 1e-12)).all()
+    assert ((values >= 1) & (values <= len(effects)))[~dead].all()
+    assert (values <= (effects > 0).sum(0).double() * (1 + 1e-12))[~dead].all()
 
 
 @given(matrices(), st.lists(st.floats(1e-20, 1e20), min_size=8, max_size=8), st.permutations(range(6)))

@@ -23,7 +23,7 @@ def polysemanticity(effects: Any) -> Tensor:
     total = effects.sum(0)
     shares = effects / torch.where(total > 0, total, 1)
     entropy = -torch.special.xlogy(shares, shares).sum(0)
-    return torch.where(total > 0, entropy.exp(), torch.nan)  # NaN > 0 is false
+    return torch.where(total > 0, entropy.exp().clamp(1, len(effects)), torch.nan)  # NaN > 0 is false
 
 
 def assignment(effects: Any) -> Tensor:

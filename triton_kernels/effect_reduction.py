@@ -158,15 +158,16 @@ def _effect_reduction_backward_kernel(
     y0 = _link(x0, SIGMOID)
     through = tl.zeros([BLOCK_P], WORKING)
     direct = tl.zeros([BLOCK_P], WORKING)
-    f = factors + b * factors_stride + group  # of intervention i
+    f = factors + b * factors_stride  # of intervention i; a scalar: a pointer per element would cost registers
     for i in range(0, I):
         row = (b * I + i) * P
         x1 = _load(perturbed + row + p, inside, WORKING)
         y1 = _link(x1, SIGMOID)
         d = y1 - y0
         sign = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d * 0.0)).to(WORKING)
-        g = _product(f, sign, kept, WORKING) + _product(f + G, d, kept, WORKING) + _load(f + 2 * G, kept, WORKING)
-        r = _product(f + 3 * G, x1 - x0, kept, WORKING)
+        g = _product(f + group, sign, kept, WORKING) + _product(f + G + group, d, kept, WORKING)
+        g += _load(f + 2 * G + group, kept, WORKING)
+        r = _product(f + 3 * G + group, x1 - x0, kept, WORKING)
         g = tl.where(kept, g, 0.0)
         r = tl.where(kept, r, 0.0)
         through += g

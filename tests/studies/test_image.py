@@ -16,10 +16,11 @@ from PIL import Image
 import vaecirc_fast as vf
 from vaecirc_fast import _files, data, training
 from vaecirc_fast._tensor_files import read_tensors
+from vaecirc_fast.data.folder import Folder
 from vaecirc_fast.errors import InputError
 from vaecirc_fast.interventions import Effects
 from vaecirc_fast.metrics import model_ces, model_specificity
-from vaecirc_fast.studies import image, measuring
+from vaecirc_fast.studies import image, manipulation, measuring
 from vaecirc_fast.studies.image import Config
 from vaecirc_fast.sweeps import RunStore
 
@@ -160,6 +161,9 @@ def test_the_control_is_the_network_before_training(undisturbed):
         fresh = image.build(result["config"], ds, CPU)
         measured = image.measure(fresh, ds, images=60, sweep_images=8, seed=image.EVALUATION_SEED)
         assert as_json(measured.metrics) == result["control"]["untrained"]
+        inputs = manipulation.manipulate(fresh, ds, pairs=4, seed=image.EVALUATION_SEED)
+        assert as_json(inputs) == result["inputs"]["untrained"] != result["inputs"]["trained"]
+        assert set(inputs) == set(result["inputs"]["trained"])
 
 
 def test_what_a_run_gives_depends_on_its_configuration_alone(undisturbed, tmp_path):
@@ -175,6 +179,17 @@ def test_models_are_judged_on_every_image_where_there_are_few():
     assert len(x) == len(v) == 1797
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
     assert torch.equal(x, ds.images(order)) and torch.equal(v, ds.factors(order))
+
+
+def test_images_without_labels_have_no_gap_between_them(tmp_path):
+    for n in range(12):
+        Image.new("L", (8, 8), 20 * n).save(tmp_path / f"{n}.png")
+    ds = Folder(tmp_path, side=8)
+    model = vf.models.build("vae", ds.shape, 3, net="mlp", width=0.25)
+    measured = image.measure(model, ds, images=12, sweep_images=4, seed=0)
+    assert measured.metrics["mig"]["value"] is measured.metrics["mig"]["low"] is None
+    assert all(measured.metrics[name]["value"] is not None for name in NAMES - {"mig"})
+    as_json([measured.metrics, measured.latents, measured.replicates])
 
 
 # --- skipping and choosing -------------------------------------------------------------------------------------------

@@ -65,7 +65,10 @@ def measure(model: VAE, ds: Dataset, *, images: int, sweep_images: int, seed: in
     reconstruction = metrics.reconstruction_report(
         loss, metrics.mean_image_loss(x, likelihood=likelihood), metrics.loss_floor(x, likelihood), active
     )
-    mig = metrics.mig(mu.cpu(), v.cpu(), factor_names=ds.factor_names)
+    if bool((v != v[0]).any()):
+        mig = metrics.mig(mu.cpu(), v.cpu(), factor_names=ds.factor_names)
+    else:  # images without labels
+        mig = metrics.Estimate(math.nan, math.nan, math.nan, resampled="", n=len(x))
     scale = metrics.posterior_scale_from(mu, logvar)
 
     z = mu[:sweep_images]

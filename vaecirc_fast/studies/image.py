@@ -50,12 +50,12 @@ class Config:
     latents: int = 10
     net: str = "conv"
     beta: float = 4.0
-    steps: int = 1200
+    steps: int = 1000
     batch_size: int = 64
     lr: float = 1e-3
     precision: str = "auto"
     images: int = 10_000
-    sweep_images: int = 128
+    sweep_images: int = 64
     pairs: int = 256
     device: str = "auto"
     data_root: Path | None = None

@@ -27,6 +27,7 @@ from .manipulation import manipulate
 from .measuring import DEFINITIONS, measure
 
 PROTOCOL = 2  # part of every run's id: raised when the same configuration would give other numbers
+CHECKPOINT_EVERY = 250  # steps; what a kill can cost
 MINIMUM = {"images": 2, "sweep_images": 2, "pairs": 4}
 EVALUATION_SEED = 2025  # the images that models are judged on, the same for every model of a data set
 
@@ -167,6 +168,7 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
         lr=c["lr"],
         precision=c["precision"],
         out=run.path,
+        checkpoint_every=CHECKPOINT_EVERY,
         progress=progress,
     )
     seconds = time.perf_counter() - started

@@ -15,10 +15,20 @@ from vaecirc_fast._native import processor
 ROUNDS = 15
 
 
-def measure(benchmark: Any, call: Callable[[], Any], *, case: str, form: str, ours: bool = False, **facts: Any) -> None:
-    """Time `call` after two warm-up calls.
+def measure(
+    benchmark: Any,
+    call: Callable[[], Any],
+    *,
+    case: str,
+    form: str,
+    ours: bool = False,
+    rounds: int = ROUNDS,
+    **facts: Any,
+) -> None:
+    """Time `call`, `rounds` times after two warm-up calls.
 
-    `form` is what was timed in `case`; facts: `bytes`, `decodes` or `images` of one call.
+    `form` is what was timed in `case`; facts: `bytes`, `decodes` or `images` of one call. A form that is slow may do
+    fewer of them than the others: the tables compare times per image (decode, byte).
     """
 
     def synchronised() -> None:
@@ -27,7 +37,7 @@ def measure(benchmark: Any, call: Callable[[], Any], *, case: str, form: str, ou
             torch.cuda.synchronize()
 
     benchmark.extra_info.update(case=case, form=form, ours=ours, **facts)
-    benchmark.pedantic(synchronised, rounds=ROUNDS, warmup_rounds=2)
+    benchmark.pedantic(synchronised, rounds=rounds, warmup_rounds=2)
 
 
 def commit(root: Path) -> str:

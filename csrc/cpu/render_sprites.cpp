@@ -34,13 +34,34 @@ struct Spread {
 };
 constexpr Spread SPREAD;
 
+// Where the tables speak of one image.
+struct Place {
+    const int16_t* x;
+    const int32_t* first;
+};
+
+INLINE Place place_of(const RenderSprites& args, const int64_t* v) {
+    const int64_t outline = (v[1] * args.sizes[2] + v[2]) * args.sizes[3] + v[3];
+    return {args.x + (outline * args.sizes[4] + v[4]) * args.vertices, args.first + outline * args.sizes[5] + v[5]};
+}
+
+// Random images find nothing of the tables in the nearest caches.
+INLINE void prefetch(const RenderSprites& args, const int64_t* v) {
+    const Place at = place_of(args, v);
+    const char* x = (const char*)at.x;
+    const char* crossing = (const char*)(args.crossings + at.first[0]);
+    for (int k = 0; k < 320; k += 64) {
+        __builtin_prefetch(x + k);
+        __builtin_prefetch(crossing + k);
+    }
+}
+
 // The rows of one image; bit c of a row is column c.
 INLINE void draw(const RenderSprites& args, const int64_t* v, uint64_t rows[SIDE]) {
-    const int64_t outline = (v[1] * args.sizes[2] + v[2]) * args.sizes[3] + v[3];
-    const int16_t* x = args.x + (outline * args.sizes[4] + v[4]) * args.vertices;
-    const int32_t* first = args.first + outline * args.sizes[5] + v[5];
-    const Crossing* crossing = args.crossings + first[0];
-    const int64_t n = first[1] - first[0];
+    const Place at = place_of(args, v);
+    const int16_t* x = at.x;
+    const Crossing* crossing = args.crossings + at.first[0];
+    const int64_t n = at.first[1] - at.first[0];
     double above[MAX_CROSSINGS], below[MAX_CROSSINGS];
     int32_t column[MAX_CROSSINGS];
     for (int64_t k = 0; k < n; ++k) {
@@ -124,6 +145,7 @@ void render(const RenderSprites& args) {
 #pragma omp for schedule(dynamic)
         for (int64_t t = 0; t < blocks; ++t)
             for (int64_t b = t * block; b < args.B && b < (t + 1) * block; ++b) {
+                if (b + 2 < args.B) prefetch(args, args.factors + 6 * (b + 2));
                 uint64_t rows[SIDE];
                 draw(args, args.factors + 6 * b, rows);
                 write<FORMAT, STREAM>(rows, (char*)args.out + b * bytes_of(FORMAT));

@@ -118,7 +118,7 @@ def curves(
 ) -> str:
     """Lines with bands, each named where it ends. The height axis starts at 0, or is logarithmic, up to `top`."""
     names = max((len(curve.name) for curve in drawn), default=0)
-    right, bottom = WIDE - (20 + CHARACTER * names if names else 10), 196.0
+    right, bottom = WIDE - (20 + CHARACTER * names if names else 20), 196.0
     ys = [v for curve in drawn for v in curve.y]
     xs = [v for curve in drawn for v in curve.x]
     if log and min(ys) > 0:

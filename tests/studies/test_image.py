@@ -366,6 +366,7 @@ def test_stopped_at_any_write_a_rerun_ends_the_same(undisturbed, tmp_path, monke
 
     def stop(source, target):
         if Path(target).name not in reached:
+            assert not Path(target).exists()  # the only way to its name is this call
             reached.append(Path(target).name)
             if after:
                 replace(source, target)

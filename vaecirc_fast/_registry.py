@@ -128,8 +128,6 @@ def backends() -> pandas.DataFrame:
     """One line per op and backend: `available` here, `chosen_for` which devices, and `why_not` otherwise."""
     import pandas
 
-    from . import ops  # noqa: F401  (importing the ops fills the rows)
-
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     lines = []
     for row in rows.values():

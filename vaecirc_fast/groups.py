@@ -46,8 +46,12 @@ def from_labels(
     labels: Tensor | Sequence[int], names: Sequence[str] | None = None, shape: tuple[int, ...] | None = None
 ) -> Groups:
     """Any partition: `labels` (P,) integers, groups 0..G-1 with none empty, -1 for elements left out."""
-    labels = torch.as_tensor(labels)
-    if labels.ndim != 1 or labels.is_floating_point() or labels.numel() == 0:
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"labels: expected integers of shape (P,), P > 0 ({error})") from error
+    integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if labels.ndim != 1 or not integers or labels.numel() == 0:
         raise InputError(f"labels: expected integers of shape (P,), P > 0, got {labels.dtype} {tuple(labels.shape)}")
     if int(labels.min()) < -1 or int(labels.max()) < 0:
         raise InputError("labels: expected groups 0..G-1, or -1 for elements in no group")
@@ -94,6 +98,8 @@ def cells(height: int, width: int, cell: int, channels: int = 1) -> Groups:
 
 def channels(count: int, height: int, width: int) -> Groups:
     """One group per colour channel of a (count, height, width) image."""
+    if min(count, height, width) < 1:
+        raise InputError(f"channels: sizes must be positive, got {count} of {height} x {width}")
     return from_labels(torch.arange(count).repeat_interleave(height * width), [f"channel {c}" for c in range(count)])
 
 

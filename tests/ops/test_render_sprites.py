@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backends import CPP
+from backends import ALL, CPP, one_of_each, parameters
 
 import vaecirc_fast as vf
 from vaecirc_fast import _native, _registry
@@ -16,6 +16,7 @@ from vaecirc_fast.reference import render_sprites as reference
 
 FRAMES = Path(__file__).parents[3] / "shared" / "data" / "dsprites_official_frames.npz"
 FORMATS, SIZES, GRID = reference.FORMATS, reference.FACTOR_SIZES, 737_280
+REFERENCE = ALL[0]  # on the CPU, what all others are compared with
 MODULE = sys.modules["vaecirc_fast.ops.render_sprites"]  # its name in the package is the function's
 ROW = _registry.rows["render_sprites"]
 OP = torch.ops.vaecirc_fast.render_sprites
@@ -84,8 +85,9 @@ def grid():
 
 @pytest.mark.deep
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("backend", parameters([b for b in ALL if b != REFERENCE]), indirect=True)
 def test_the_whole_grid(backend, grid):
-    """In bits on every backend; spread into bytes and floats too, but not by the interpreter, which needs an hour."""
+    """In bits on every backend; as bytes and floats too, but not in the interpreter, which would need many minutes."""
     step = 4096 if backend.name == "triton" and backend.device == "cpu" else GRID
     for n in range(0, GRID, step):
         out = render_sprites(factors_of(torch.arange(n, n + step)).to(backend.device), dtype="bits").cpu()
@@ -101,7 +103,7 @@ def test_the_whole_grid(backend, grid):
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("backend", [pytest.param(b, id=str(b)) for b in CPP])
+@pytest.mark.parametrize("backend", parameters(CPP))
 def test_offsets_beyond_32_bits(backend):
     """More than 2^31 bytes: the last images are where they belong."""
     n = 2**19 + 3
@@ -113,10 +115,9 @@ def test_offsets_beyond_32_bits(backend):
 
 
 @pytest.mark.parametrize("wrong", ["a subpixel further along", "one column of one image"])
+@pytest.mark.parametrize("backend", parameters([b for b in ALL if b.name != "reference"]), indirect=True)
 def test_a_wrong_kernel_is_found(backend, sample, wrong, monkeypatch):
     """The sample bites: an error of 1/256 px changes some of its pixels."""
-    if backend.name == "reference":
-        pytest.skip("it has no tables")
     factors, images = sample
     tables = [table.clone() for table in MODULE._tables(torch.device(backend.device))]
     if wrong == "a subpixel further along":
@@ -167,7 +168,7 @@ def test_memory_layout_of_the_factors_changes_nothing(backend, sample):
     assert torch.equal(render_sprites(one, dtype="bits").cpu(), images[:1].expand(9, 512))
 
 
-@pytest.mark.parametrize("backend", [pytest.param(b, id=str(b)) for b in CPP])
+@pytest.mark.parametrize("backend", parameters(CPP))
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_threads_and_large_outputs_change_no_bit(backend, sample, dtype):
     """Enough images for threads, large pages and stores past the caches; in new memory and, odd or not, in old."""
@@ -228,9 +229,8 @@ def test_a_graph_that_saved_out_hears_of_writing(backend, sample):
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
+@one_of_each
 def test_the_registered_ops_pass_opcheck(backend, sample, dtype, poisoned):
-    if backend.name == "cpp" and backend != CPP[-1]:
-        pytest.skip("the instruction set does not matter here")
     factors, images = sample[0][:3].to(backend.device), sample[1][dtype][:3]
     form = FORMATS.index(dtype)
     torch.library.opcheck(OP.default, (factors, form))
@@ -259,13 +259,13 @@ def check_compiled(backend, sample, compiler):
         compiled(outside, torch.empty(2, 64, 64, dtype=torch.uint8, device=backend.device))
 
 
+@one_of_each
 def test_compiled_without_breaks(backend, sample):
-    if backend.name == "cpp" and backend != CPP[-1]:
-        pytest.skip("the instruction set does not matter here")
     check_compiled(backend, sample, "aot_eager")
 
 
 @pytest.mark.deep
+@one_of_each
 def test_compiled_by_inductor(backend, sample):
     check_compiled(backend, sample, "inductor")
 
@@ -330,7 +330,7 @@ def test_factors_out_of_range_are_found_before_anything_is_written(backend, fact
     assert bool((out == 7).all())
 
 
-@pytest.mark.parametrize("backend", [pytest.param(b, id=str(b)) for b in CPP])
+@pytest.mark.parametrize("backend", parameters(CPP))
 def test_the_first_one_out_of_range_is_named_whatever_the_threads(backend):
     factors = torch.zeros(9000, 6, dtype=torch.int64)
     factors[[100, 8000]] = 5

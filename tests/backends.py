@@ -1,9 +1,13 @@
-"""Every backend that must run on this machine, for the tests of the ops: one entry per C++ instruction set."""
+"""Every backend that must run on this machine, for the tests of the ops: one entry per C++ instruction set.
+
+CUDA kernels run on a GPU where there is one, and else emulated: thread by thread on the CPU, from the same sources.
+"""
 
 import contextlib
 import platform
 from dataclasses import dataclass
 
+import cuda_emulator
 import pytest
 import torch
 
@@ -23,6 +27,11 @@ class Backend:
         """Whether kernels run in Triton's interpreter, which is slow."""
         return self.name == "triton" and self.device == "cpu"
 
+    @property
+    def emulated(self) -> bool:
+        """Whether the CUDA kernels run thread by thread on the CPU, which is slow too."""
+        return self.name == "cuda" and self.device == "cpu"
+
     def __str__(self) -> str:
         return "-".join(part for part in (self.name, self.instruction_set, self.device) if part)
 
@@ -30,7 +39,8 @@ class Backend:
     def forced(self):
         """Every op runs on this backend, and C++ with this instruction set; restored afterwards."""
         before = _native.instruction_set()
-        with _registry.backend(self.name):
+        emulated = cuda_emulator.emulated() if self.emulated else contextlib.nullcontext()
+        with _registry.backend(self.name), emulated:
             try:
                 if self.instruction_set:
                     _native.cpp().set_instruction_set(self.instruction_set)
@@ -44,9 +54,10 @@ CPP = [Backend("cpp", "cpu", name) for name in (_native.cpp().instruction_sets()
 # The C++ module must be there: without it its tests fail. Triton runs on a GPU, and where there is none interpreted.
 ALL = [Backend("reference", "cpu"), *CPP]
 if torch.cuda.is_available():
-    ALL += [Backend("reference", "cuda"), Backend("triton", "cuda")]
+    ALL += [Backend("reference", "cuda"), *([] if _native.cuda_reason() else [Backend("cuda", "cuda")])]
+    ALL += [Backend("triton", "cuda")]
 elif platform.system() == "Linux":
-    ALL += [Backend("triton", "cpu")]
+    ALL += [Backend("cuda", "cpu"), Backend("triton", "cpu")]
 
 
 def parameters(backends):

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: study test test-deep lint bench peers clean
+.PHONY: study test test-deep lint bench gpu peers clean
 
 # torch first and alone: a build of it that is already at hand is then taken before the index's newest.
 $(VENV)/built: pyproject.toml constraints.txt setup.py $(SOURCES)
@@ -33,6 +33,10 @@ lint: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks
+
+# On a machine with a GPU: builds in place with what is installed, no network; tests, benchmarks, results.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
 
 # Against the real packages of others, in an environment of their own.
 peers: $(VENV)/built

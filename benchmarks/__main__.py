@@ -1,6 +1,7 @@
-"""`python -m benchmarks [NAME ...]`: run benchmarks, keep their figures in git, and write the tables from them.
+"""`python -m benchmarks [--tested] [NAME ...]`: run benchmarks, keep their figures in git, and write the tables.
 
-A benchmark of a row refuses to report while that row's tests fail: a fast wrong kernel has no speed.
+A benchmark of a row refuses to report while that row's tests fail: a fast wrong kernel has no speed. `--tested`: they
+have just passed and need not run again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ ROOT = HERE.parent
 
 
 def main(names: list[str]) -> int:
+    tested, names = "--tested" in names, [name for name in names if name != "--tested"]
+    marked = "not deep" if torch.cuda.is_available() else "not deep and not gpu"
     known = sorted(file.stem.removeprefix("bench_") for file in HERE.glob("bench_*.py"))
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -29,7 +32,7 @@ def main(names: list[str]) -> int:
     failed = []
     for name in names or known:
         tests = ROOT / "tests" / "ops" / f"test_{name}.py"
-        if tests.exists() and _pytest([str(tests), "-m", "not deep and not gpu"]) != 0:
+        if not tested and tests.exists() and _pytest([str(tests), "-m", marked]) != 0:
             print(f"{name}: its tests fail, so it is not measured", file=sys.stderr)
             failed.append(name)
             continue
@@ -52,7 +55,9 @@ def _measure(name: str) -> bool:
         found = json.loads(raw.read_text())["benchmarks"]
     cases = []
     for b in found:
-        stats = {"median_s": b["stats"]["median"], "iqr_s": b["stats"]["iqr"], "rounds": b["stats"]["rounds"]}
+        calls = b["extra_info"].pop("calls")
+        times = {"median_s": b["stats"]["median"] / calls, "iqr_s": b["stats"]["iqr"] / calls}
+        stats = {**times, "rounds": b["stats"]["rounds"]}
         cases.append({**b["extra_info"], **stats})
     out = HERE / "results" / machine() / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -67,4 +67,4 @@ def test_sweep(benchmark, net: str, form: str) -> None:
     with torch.no_grad():
         call = forms[form]
         case = f"{net} decoder, {SAMPLES} samples x {LATENTS} latents x {STEPS} steps"
-        measure(benchmark, call, case=case, form=form, ours=form == "ours", decodes=DECODES)
+        measure(benchmark, call, case=case, form=form, ours=form == "ours", rounds=5, decodes=DECODES)

@@ -61,7 +61,7 @@ def _table(case: str, forms: list[dict[str, Any]]) -> list[str]:
 def _short(machine: str, case: str, forms: list[dict[str, Any]]) -> list[str]:
     """One line a case: ours against the best alternative."""
     ours = next((f for f in forms if f["ours"]), None)
-    others = [f for f in forms if not f["ours"] and f["form"] not in FLOORS]
+    others = [f for f in forms if not f["form"].startswith("ours") and f["form"] not in FLOORS]
     if ours is None or not others:
         return []
     best = min(others, key=_time)

@@ -53,7 +53,7 @@ def _table(case: str, forms: list[dict[str, Any]]) -> list[str]:
         elif unit:
             per = f"{1e6 * median / f[unit]:.2f}"
         ratio = f"{_time(f) / ours:.2f}" if ours else ""
-        name = f"**{f['form']}**" if f["ours"] else f["form"]
+        name = f"**{f['form']}**" if _time(f) == ours else f["form"]
         rows.append(f"| {name} | {1e3 * median:.2f} ± {500 * f['iqr_s']:.2f} | {ratio} | {per} |")
     return rows
 
@@ -61,7 +61,7 @@ def _table(case: str, forms: list[dict[str, Any]]) -> list[str]:
 def _short(machine: str, case: str, forms: list[dict[str, Any]]) -> list[str]:
     """One line a case: ours against the best alternative."""
     ours = next((f for f in forms if f["ours"]), None)
-    others = [f for f in forms if not f["form"].startswith("ours") and f["form"] not in FLOORS]
+    others = [f for f in forms if not f["ours"] and f["form"] not in FLOORS]
     if ours is None or not others:
         return []
     best = min(others, key=_time)

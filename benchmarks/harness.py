@@ -28,8 +28,9 @@ def measure(
 ) -> None:
     """Time `call`, `rounds` times after two warm-up calls.
 
-    `form` is what was timed in `case`, `ours` whether it is this project's; where several are, the first counts. Facts: `bytes`, `decodes` or `images` of one call. A form that is slow may do
-    fewer of them than the others: the tables compare times per image (decode, byte).
+    `form` is what was timed in `case`, `ours` whether it is this project's; where several are, the first counts. Facts:
+    `bytes`, `decodes` or `images` of one call. A form that is slow may do fewer of them than the others: the tables
+    compare times per image (decode, byte).
     """
 
     calls = _calls(call)

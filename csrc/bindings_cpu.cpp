@@ -11,6 +11,7 @@
 #include "common.h"
 #include "cpu/effect_reduction.h"
 #include "cpu/render_sprites.h"
+#include "cpu/threshold_encode.h"
 
 namespace py = pybind11;
 using namespace vaecirc;
@@ -22,9 +23,17 @@ struct Kernels {
     bool (*effect_reduction)(const EffectReduction&);
     bool (*effect_reduction_backward)(const EffectReductionBackward&);
     int64_t (*render_sprites)(const RenderSprites&);
+    void (*threshold_encode)(const ThresholdEncode&);
+    void (*threshold_encode_backward)(const ThresholdEncodeBackward&);
 };
 
-#define VAECIRC_KERNELS(set) {#set, set::effect_reduction, set::effect_reduction_backward, set::render_sprites},
+#define VAECIRC_KERNELS(set)         \
+    {#set,                           \
+     set::effect_reduction,          \
+     set::effect_reduction_backward, \
+     set::render_sprites,            \
+     set::threshold_encode,          \
+     set::threshold_encode_backward},
 const Kernels BUILT[] = {VAECIRC_FOR_EACH_ISA(VAECIRC_KERNELS)};
 const Kernels* chosen = &BUILT[0];
 
@@ -97,4 +106,19 @@ PYBIND11_MODULE(_C, m) {
                                              at<int32_t>(first), at<Crossing>(crossings), ImageFormat(format),
                                              at<void>(out), fresh, threads});
           });
+    m.def("threshold_encode", [](uintptr_t acts, int64_t B, int64_t M, uintptr_t bias, uintptr_t threshold, int kind,
+                                 uintptr_t penalty, uintptr_t l0, uintptr_t fired, int threads) {
+        py::gil_scoped_release release;
+        chosen->threshold_encode({at<float>(acts), B, M, at<float>(bias), at<float>(threshold), Threshold(kind),
+                                  at<float>(penalty), at<float>(l0), at<int32_t>(fired), threads});
+    });
+    m.def("threshold_encode_backward", [](uintptr_t pre, int64_t B, int64_t M, uintptr_t bias, uintptr_t threshold,
+                                          int kind, float bandwidth, uintptr_t grad_acts, uintptr_t grad_penalty,
+                                          uintptr_t grad_l0, uintptr_t grad_bias, uintptr_t grad_threshold,
+                                          int threads) {
+        py::gil_scoped_release release;
+        chosen->threshold_encode_backward({at<float>(pre), B, M, at<float>(bias), at<float>(threshold), Threshold(kind),
+                                           bandwidth, at<float>(grad_acts), at<float>(grad_penalty), at<float>(grad_l0),
+                                           at<float>(grad_bias), at<float>(grad_threshold), threads});
+    });
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -52,7 +54,7 @@ def _plain(x: Tensor, w: Tensor, b: Tensor, t: Tensor, kind: str):
 
 
 def _ours(x: Tensor, w: Tensor, b: Tensor, t: Tensor, kind: str):
-    out = vf.ops.threshold_encode(x, w, b, t if kind == "jump" else 0.0, kind, bandwidth=BANDWIDTH, counts=True)
+    out: Any = vf.ops.threshold_encode(x, w, b, t if kind == "jump" else 0.0, kind, bandwidth=BANDWIDTH, counts=True)
     return out.acts, out.penalty if kind == "relu" else out.l0, out.fired
 
 

@@ -112,13 +112,14 @@ PYBIND11_MODULE(_C, m) {
         chosen->threshold_encode({at<float>(acts), B, M, at<float>(bias), at<float>(threshold), Threshold(kind),
                                   at<float>(penalty), at<float>(l0), at<int32_t>(fired), threads});
     });
-    m.def("threshold_encode_backward", [](uintptr_t pre, int64_t B, int64_t M, uintptr_t bias, uintptr_t threshold,
-                                          int kind, float bandwidth, uintptr_t grad_acts, uintptr_t grad_penalty,
-                                          uintptr_t grad_l0, uintptr_t grad_bias, uintptr_t grad_threshold,
-                                          int threads) {
-        py::gil_scoped_release release;
-        chosen->threshold_encode_backward({at<float>(pre), B, M, at<float>(bias), at<float>(threshold), Threshold(kind),
-                                           bandwidth, at<float>(grad_acts), at<float>(grad_penalty), at<float>(grad_l0),
-                                           at<float>(grad_bias), at<float>(grad_threshold), threads});
-    });
+    m.def("threshold_encode_backward",
+          [](uintptr_t pre, uintptr_t acts, int64_t B, int64_t M, uintptr_t bias, uintptr_t threshold, int kind,
+             float bandwidth, uintptr_t grad_acts, uintptr_t grad_penalty, uintptr_t grad_l0, uintptr_t grad_bias,
+             uintptr_t grad_threshold, int threads) {
+              py::gil_scoped_release release;
+              chosen->threshold_encode_backward({at<float>(pre), at<float>(acts), B, M, at<float>(bias),
+                                                 at<float>(threshold), Threshold(kind), bandwidth, at<float>(grad_acts),
+                                                 at<float>(grad_penalty), at<float>(grad_l0), at<float>(grad_bias),
+                                                 at<float>(grad_threshold), threads});
+          });
 }

@@ -26,7 +26,7 @@ INLINE float sum(f32x16 v) {
 // Lanes where the activation is not 0 or is NaN: `pre <= limit` is false for NaN.
 template <Threshold KIND>
 INLINE i32x16 active(f32x16 pre, f32x16 limit) {
-    return ~((KIND == Threshold::soft ? vabs(pre) : pre) <= limit) & (pre != f32x16{} | (pre != pre));
+    return ~((KIND == Threshold::soft ? vabs(pre) : pre) <= limit) & (pre != 0);
 }
 
 template <Threshold KIND>
@@ -96,25 +96,30 @@ void backward(const ThresholdEncodeBackward& a) {
         const int64_t from = block * BLOCK, to = from + BLOCK < a.M ? from + BLOCK : a.M;
         for (int64_t r = 0; r < a.B; ++r) {
             float* row = a.pre + r * a.M;
+            const float* from_row = KIND == Threshold::jump ? row : a.acts + r * a.M;
             const float* grad = a.grad_acts ? a.grad_acts + r * a.M : nullptr;
             const f32x16 of_penalty = f32x16{} + a.grad_penalty[r], of_l0 = f32x16{} + a.grad_l0[r];
             for (int64_t m = from; m < to; m += LANES) {
                 const int64_t n = to - m < LANES ? to - m : LANES;
                 const bool whole = n == LANES;
-                f32x16 pre = whole ? load(row + m) : load_part(row + m, n);
-                if (a.bias) pre += whole ? load(a.bias + m) : load_part(a.bias + m, n);
-                const f32x16 threshold = whole ? load(a.threshold + m) : load_part(a.threshold + m, n);
-                const f32x16 limit = limit_of<KIND>(threshold);
-                const i32x16 on = active<KIND>(pre, limit);
-                const f32x16 sign = (f32x16)((((i32x16)pre & (int32_t)0x80000000) | 0x3f800000) & (pre != f32x16{}));
+                // The pre-activation, or the activation, whose sign is the same.
+                f32x16 value = whole ? load(from_row + m) : load_part(from_row + m, n);
+                f32x16 threshold = {};
+                if (KIND == Threshold::jump) {
+                    if (a.bias) value += whole ? load(a.bias + m) : load_part(a.bias + m, n);
+                    threshold = whole ? load(a.threshold + m) : load_part(a.threshold + m, n);
+                }
+                i32x16 on = value != 0;
+                if (KIND == Threshold::jump) on &= ~(value <= threshold);
+                const f32x16 sign = select(value != 0, (f32x16)(((i32x16)value & (int32_t)0x80000000) | 0x3f800000));
                 f32x16 through = of_penalty * sign;
                 if (grad) through += whole ? load(grad + m) : load_part(grad + m, n);
                 const f32x16 of_pre = select(on, through);
                 f32x16 of_threshold = {};
                 if (KIND == Threshold::soft) of_threshold = -of_pre * sign;
                 if (KIND == Threshold::jump)
-                    of_threshold =
-                        select(vabs((pre - threshold) / a.bandwidth) < 0.5f, (threshold * through + of_l0) * -inverse);
+                    of_threshold = select(vabs((value - threshold) / a.bandwidth) < 0.5f,
+                                          (threshold * through + of_l0) * -inverse);
                 if (whole) {
                     store(row + m, of_pre);
                     store(a.grad_bias + m, load(a.grad_bias + m) + of_pre);

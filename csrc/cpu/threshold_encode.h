@@ -23,7 +23,8 @@ struct ThresholdEncode {
 };
 
 struct ThresholdEncodeBackward {
-    float* pre;  // (B, M): products on entry, gradients of them on return
+    float* pre;         // (B, M): products on entry, of jump; gradients of them on return
+    const float* acts;  // (B, M): of the other kinds
     int64_t B, M;
     const float* bias;       // (M) or null
     const float* threshold;  // (M)

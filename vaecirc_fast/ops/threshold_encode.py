@@ -49,9 +49,9 @@ def threshold_encode(
     Returns a (..., M); with counts=True `Thresholded`: a; penalty (...,) = sum of |a| over latents; l0 (...,) = the
     number of a that are not 0, as a float, whose gradient ("jump" only) is the straight-through one; fired int32 (M,),
     in how many rows a > 0. penalty and l0 are float32 for 16-bit inputs.
-    Differentiable in x, w_enc, b_enc and threshold; pre-activations are made again in the backward pass, a tile of rows
-    at a time, and not kept. NaN stays NaN. Deterministic for any number of threads. InputError for other shapes,
-    dtypes, devices, names, or a negative threshold of "soft" on the CPU.
+    Differentiable in x, w_enc, b_enc and threshold; pre-activations are not kept: the gradient of "jump" makes them
+    again, a tile of rows at a time. NaN stays NaN. Deterministic for any number of threads. InputError for other
+    shapes, dtypes, devices, names, or a negative threshold of "soft" on the CPU.
     """
     if kind not in reference.KINDS:
         raise InputError(f"kind: {kind!r} is unknown; known: {', '.join(reference.KINDS)}")
@@ -112,26 +112,26 @@ def _run(x: Tensor, w: Tensor, b: Tensor | None, threshold: Tensor, kind: int, b
     return ROW.function("threshold_encode", x)(x, w, b, threshold, kind)
 
 
-def _run_backward(x, w, b, threshold, kind, bandwidth, grad_acts, grad_penalty, grad_l0, need_x):
+def _run_backward(x, w, b, threshold, acts, kind, bandwidth, grad_acts, grad_penalty, grad_l0, need_x):
     kernel = ROW.function("threshold_encode_backward", x)
-    return kernel(x, w, b, threshold, kind, bandwidth, grad_acts, grad_penalty, grad_l0, need_x)
+    return kernel(x, w, b, threshold, acts, kind, bandwidth, grad_acts, grad_penalty, grad_l0, need_x)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, w, b, threshold, ctx.kind, ctx.bandwidth = inputs
-    ctx.save_for_backward(x, w, b, threshold)
+    ctx.save_for_backward(x, w, b, threshold, None if reference.KINDS[ctx.kind] == "jump" else output[0])
     ctx.forced = _registry.forced()
     ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *grads: Tensor | None):
-    x, w, b, threshold = ctx.saved_tensors
+    x, w, b, threshold, acts = ctx.saved_tensors
     grad_acts, grad_penalty, grad_l0, _ = grads
     dtype = _counts_dtype(x.dtype)
     grad_penalty = x.new_zeros(len(x), dtype=dtype) if grad_penalty is None else grad_penalty
     grad_l0 = x.new_zeros(len(x), dtype=dtype) if grad_l0 is None else grad_l0
-    arguments = (x, w, b, threshold, ctx.kind, ctx.bandwidth, grad_acts, grad_penalty, grad_l0)
+    arguments = (x, w, b, threshold, acts, ctx.kind, ctx.bandwidth, grad_acts, grad_penalty, grad_l0)
     need_x = ctx.needs_input_grad[0]
     with _registry.backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
         traced = is_traced(*(t for t in arguments if isinstance(t, Tensor)))
@@ -167,8 +167,8 @@ LIBRARY.define(
     "(Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    "threshold_encode_backward(Tensor x, Tensor w, Tensor? b, Tensor threshold, int kind, float bandwidth, "
-    "Tensor? grad_acts, Tensor grad_penalty, Tensor grad_l0, bool need_x) -> (Tensor, Tensor, Tensor, Tensor)"
+    "threshold_encode_backward(Tensor x, Tensor w, Tensor? b, Tensor threshold, Tensor? acts, int kind, "
+    "float bandwidth, Tensor? grad_acts, Tensor grad_penalty, Tensor grad_l0, bool need_x) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.impl("threshold_encode", _run, "CompositeExplicitAutograd")
 LIBRARY.impl("threshold_encode_backward", _run_backward, "CompositeExplicitAutograd")
@@ -182,7 +182,7 @@ def _fake(x, w, b, threshold, kind, bandwidth):
 
 
 @torch.library.register_fake("vaecirc_fast::threshold_encode_backward", lib=LIBRARY)
-def _fake_backward(x, w, b, threshold, kind, bandwidth, grad_acts, grad_penalty, grad_l0, need_x):
+def _fake_backward(x, w, b, threshold, acts, kind, bandwidth, grad_acts, grad_penalty, grad_l0, need_x):
     latents = x.new_empty(w.shape[0])
     return x.new_empty(x.shape if need_x else 0), w.new_empty(w.shape), latents, torch.empty_like(latents)
 
@@ -220,9 +220,9 @@ def _cpp_forward(x: Tensor, w: Tensor, b: Tensor | None, threshold: Tensor, kind
     return acts, penalty, l0, fired
 
 
-def _cpp_backward(x, w, b, threshold, kind, bandwidth, grad_acts, grad_penalty, grad_l0, need_x):
+def _cpp_backward(x, w, b, threshold, acts, kind, bandwidth, grad_acts, grad_penalty, grad_l0, need_x):
     b, threshold = None if b is None else b.contiguous(), threshold.contiguous()
-    grad_acts = None if grad_acts is None else grad_acts.contiguous()
+    acts, grad_acts = (None if t is None else t.contiguous() for t in (acts, grad_acts))
     grad_penalty, grad_l0 = grad_penalty.contiguous(), grad_l0.contiguous()
     (rows, _), latents = x.shape, w.shape[0]
     grad_x, grad_w = torch.empty(x.shape if need_x else 0), torch.zeros(w.shape)
@@ -230,9 +230,12 @@ def _cpp_backward(x, w, b, threshold, kind, bandwidth, grad_acts, grad_penalty, 
     tiles = _tiles(rows, latents)
     buffer = torch.empty(tiles[0].stop if tiles else 0, latents)
     for tile in tiles:
-        pre = torch.mm(x[tile], w.T, out=buffer[: tile.stop - tile.start])
+        pre = buffer[: tile.stop - tile.start]
+        if acts is None:
+            torch.mm(x[tile], w.T, out=pre)
         _native.cpp().threshold_encode_backward(
-            *(pre.data_ptr(), len(pre), latents, _address(b), threshold.data_ptr(), kind, bandwidth),
+            *(pre.data_ptr(), 0 if acts is None else acts[tile].data_ptr(), len(pre), latents, _address(b)),
+            *(threshold.data_ptr(), kind, bandwidth),
             *(_address(None if grad_acts is None else grad_acts[tile]), grad_penalty[tile].data_ptr()),
             *(grad_l0[tile].data_ptr(), grad_b.data_ptr(), grad_threshold.data_ptr(), _native.threads(pre.numel())),
         )

@@ -34,40 +34,12 @@ def forward(
     return acts, penalty, (acts != 0).sum(1).to(dtype), (acts > 0).sum(0, dtype=torch.int32)
 
 
-def tile_backward(
-    pre: Tensor,
-    threshold: Tensor,
-    kind: int,
-    bandwidth: float,
-    grad_acts: Tensor | None,
-    grad_penalty: Tensor,
-    grad_l0: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of pre-activations (B, M), and of the threshold (M,), from those of activations, penalty and l0 (B,).
-
-    jump: the straight-through estimates of Rajamanoharan et al. 2024 (arXiv 2407.14435): the step at the threshold has
-    the derivative 1 / bandwidth within bandwidth / 2 of it. relu: the threshold is a constant.
-    """
-    # The activation's sign is its pre-activation's, and of both only the sign is needed.
-    on = activation(pre, threshold, kind) != 0
-    sign = pre.sign()
-    through = grad_penalty[:, None] * sign
-    through = through if grad_acts is None else through + grad_acts
-    grad_pre = torch.where(on, through, 0)
-    if KINDS[kind] == "soft":
-        return grad_pre, -(grad_pre * sign).sum(0)
-    if KINDS[kind] == "jump":
-        near = ((pre - threshold) / bandwidth).abs() < 0.5
-        step = threshold * through + grad_l0[:, None]
-        return grad_pre, -torch.where(near, step, 0).sum(0) / bandwidth
-    return grad_pre, torch.zeros_like(threshold)
-
-
 def backward(
     x: Tensor,
     w: Tensor,
     b: Tensor | None,
     threshold: Tensor,
+    acts: Tensor | None,
     kind: int,
     bandwidth: float,
     grad_acts: Tensor | None,
@@ -75,9 +47,28 @@ def backward(
     grad_l0: Tensor,
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (empty unless needed), w, b and threshold."""
-    pre = linear(x, w, b)
-    grad_penalty, grad_l0 = grad_penalty.to(pre.dtype), grad_l0.to(pre.dtype)
-    grad_pre, grad_threshold = tile_backward(pre, threshold, kind, bandwidth, grad_acts, grad_penalty, grad_l0)
+    """Gradients of x (empty unless needed), w, b and threshold, from those of activations (B, M), penalty and l0 (B,).
+
+    jump: the straight-through estimates of Rajamanoharan et al. 2024 (arXiv 2407.14435): the step at the threshold has
+    the derivative 1 / bandwidth within bandwidth / 2 of it; pre-activations are made again for that. The other kinds
+    read their activations: relu, whose threshold is a constant, and soft need to know no more of what was before.
+    """
+    jump = KINDS[kind] == "jump"
+    if jump:
+        pre = linear(x, w, b)
+        on, sign = ~(pre <= threshold) & (pre != 0), pre.sign()
+    else:
+        assert acts is not None
+        on, sign = acts != 0, acts.sign()
+    through = grad_penalty[:, None].to(sign.dtype) * sign
+    through = through if grad_acts is None else through + grad_acts
+    grad_pre = torch.where(on, through, 0)
+    grad_threshold = torch.zeros_like(threshold)
+    if KINDS[kind] == "soft":
+        grad_threshold = -(grad_pre * sign).sum(0)
+    if jump:
+        near = ((pre - threshold) / bandwidth).abs() < 0.5
+        step = threshold * through + grad_l0[:, None].to(sign.dtype)
+        grad_threshold = -torch.where(near, step, 0).sum(0) / bandwidth
     grad_x = grad_pre @ w if need_x else x.new_empty(0)
     return grad_x, grad_pre.T @ x, grad_pre.sum(0), grad_threshold

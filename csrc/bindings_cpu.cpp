@@ -11,6 +11,7 @@
 #include "common.h"
 #include "cpu/effect_reduction.h"
 #include "cpu/render_sprites.h"
+#include "cpu/topk.h"
 
 namespace py = pybind11;
 using namespace vaecirc;
@@ -22,9 +23,12 @@ struct Kernels {
     bool (*effect_reduction)(const EffectReduction&);
     bool (*effect_reduction_backward)(const EffectReductionBackward&);
     int64_t (*render_sprites)(const RenderSprites&);
+    bool (*topk)(const TopK&);
+    void (*topk_backward)(const TopKBackward&);
 };
 
-#define VAECIRC_KERNELS(set) {#set, set::effect_reduction, set::effect_reduction_backward, set::render_sprites},
+#define VAECIRC_KERNELS(set) \
+    {#set, set::effect_reduction, set::effect_reduction_backward, set::render_sprites, set::topk, set::topk_backward},
 const Kernels BUILT[] = {VAECIRC_FOR_EACH_ISA(VAECIRC_KERNELS)};
 const Kernels* chosen = &BUILT[0];
 
@@ -97,4 +101,15 @@ PYBIND11_MODULE(_C, m) {
                                              at<int32_t>(first), at<Crossing>(crossings), ImageFormat(format),
                                              at<void>(out), fresh, threads});
           });
+    m.def("topk", [](uintptr_t a, int dtype, int64_t B, int64_t M, int64_t stride, int64_t k, int64_t K, bool sorted,
+                     uintptr_t values, uintptr_t indices, int threads) {
+        py::gil_scoped_release release;
+        checked(chosen->topk(
+            {at<void>(a), DType(dtype), B, M, stride, k, K, sorted, at<void>(values), at<int32_t>(indices), threads}));
+    });
+    m.def("topk_backward", [](uintptr_t grad, uintptr_t indices, int64_t bytes, int64_t B, int64_t M, int64_t k,
+                              int64_t K, uintptr_t out, int threads) {
+        py::gil_scoped_release release;
+        chosen->topk_backward({at<void>(grad), at<int32_t>(indices), bytes, B, M, k, K, at<void>(out), threads});
+    });
 }

@@ -2,5 +2,6 @@
 
 from .effect_reduction import effect_reduction
 from .render_sprites import render_sprites
+from .topk import topk
 
-__all__ = ["effect_reduction", "render_sprites"]
+__all__ = ["effect_reduction", "render_sprites", "topk"]

@@ -1,6 +1,7 @@
 # Build of the native modules: _C, each kernel file once per instruction set; _C_cuda, where nvcc is found; plus the
 # mapping of triton_kernels into the package. VAECIRC_CUDA=0 leaves _C_cuda out, =1 makes it an error that it cannot be
 # built.
+import glob
 import hashlib
 import os
 import platform
@@ -14,8 +15,9 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 from setuptools.errors import CompileError
 
-ROWS = ["effect_reduction", "render_sprites", "threshold_encode"]  # with a C++ kernel
+ROWS = ["effect_reduction", "render_sprites", "threshold_encode", "topk"]  # with a C++ kernel
 KERNELS = [f"csrc/cpu/{row}.cpp" for row in ROWS]
+HEADERS = sorted(glob.glob("csrc/*.h") + glob.glob("csrc/cpu/*.h"))
 FLAGS = ["-O3", "-std=gnu++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # _native.py picks the widest set this processor has. Other architectures get the baseline alone.
 INSTRUCTION_SETS = {"baseline": []}
@@ -108,7 +110,7 @@ extensions = [
         "vaecirc_fast._C",
         ["csrc/bindings_cpu.cpp"],
         include_dirs=["csrc"],
-        depends=["csrc/common.h", *(f"csrc/cpu/{row}.h" for row in ROWS), *KERNELS],
+        depends=[*HEADERS, *KERNELS],
         define_macros=[("VAECIRC_" + name.upper(), 1) for name in INSTRUCTION_SETS],
         extra_compile_args=FLAGS,
         extra_link_args=["-fopenmp"],

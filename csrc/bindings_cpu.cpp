@@ -12,6 +12,7 @@
 #include "cpu/effect_reduction.h"
 #include "cpu/render_sprites.h"
 #include "cpu/threshold_encode.h"
+#include "cpu/topk.h"
 
 namespace py = pybind11;
 using namespace vaecirc;
@@ -25,15 +26,19 @@ struct Kernels {
     int64_t (*render_sprites)(const RenderSprites&);
     void (*threshold_encode)(const ThresholdEncode&);
     void (*threshold_encode_backward)(const ThresholdEncodeBackward&);
+    bool (*topk)(const TopK&);
+    void (*topk_backward)(const TopKBackward&);
 };
 
-#define VAECIRC_KERNELS(set)         \
-    {#set,                           \
-     set::effect_reduction,          \
+#define VAECIRC_KERNELS(set) \
+    {#set, \
+     set::effect_reduction, \
      set::effect_reduction_backward, \
-     set::render_sprites,            \
-     set::threshold_encode,          \
-     set::threshold_encode_backward},
+     set::render_sprites, \
+     set::threshold_encode, \
+     set::threshold_encode_backward, \
+     set::topk, \
+     set::topk_backward},
 const Kernels BUILT[] = {VAECIRC_FOR_EACH_ISA(VAECIRC_KERNELS)};
 const Kernels* chosen = &BUILT[0];
 
@@ -122,4 +127,15 @@ PYBIND11_MODULE(_C, m) {
                                                  at<float>(grad_penalty), at<float>(grad_l0), at<float>(grad_bias),
                                                  at<float>(grad_threshold), threads});
           });
+    m.def("topk", [](uintptr_t a, int dtype, int64_t B, int64_t M, int64_t stride, int64_t k, int64_t K, bool sorted,
+                     uintptr_t values, uintptr_t indices, int threads) {
+        py::gil_scoped_release release;
+        checked(chosen->topk(
+            {at<void>(a), DType(dtype), B, M, stride, k, K, sorted, at<void>(values), at<int32_t>(indices), threads}));
+    });
+    m.def("topk_backward", [](uintptr_t grad, uintptr_t indices, int64_t bytes, int64_t B, int64_t M, int64_t k,
+                              int64_t K, uintptr_t out, int threads) {
+        py::gil_scoped_release release;
+        chosen->topk_backward({at<void>(grad), at<int32_t>(indices), bytes, B, M, k, K, at<void>(out), threads});
+    });
 }

@@ -3,5 +3,6 @@
 from .effect_reduction import effect_reduction
 from .render_sprites import render_sprites
 from .threshold_encode import threshold_encode
+from .topk import topk
 
-__all__ = ["effect_reduction", "render_sprites", "threshold_encode"]
+__all__ = ["effect_reduction", "render_sprites", "threshold_encode", "topk"]

@@ -14,7 +14,13 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 from setuptools.errors import CompileError
 
-KERNELS = ["csrc/cpu/effect_reduction.cpp", "csrc/cpu/render_sprites.cpp"]
+KERNELS = [
+    "csrc/cpu/effect_reduction.cpp",
+    "csrc/cpu/render_sprites.cpp",
+    "csrc/cpu/sparse_adam.cpp",
+    "csrc/cpu/sparse_decode.cpp",
+]
+CPU_HEADERS = ["csrc/common.h", "csrc/sparse_entries.h", *(kernel[:-3] + "h" for kernel in KERNELS)]
 FLAGS = ["-O3", "-std=gnu++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # _native.py picks the widest set this processor has. Other architectures get the baseline alone.
 INSTRUCTION_SETS = {"baseline": []}
@@ -107,7 +113,7 @@ extensions = [
         "vaecirc_fast._C",
         ["csrc/bindings_cpu.cpp"],
         include_dirs=["csrc"],
-        depends=["csrc/common.h", "csrc/cpu/effect_reduction.h", "csrc/cpu/render_sprites.h", *KERNELS],
+        depends=[*CPU_HEADERS, *KERNELS],
         define_macros=[("VAECIRC_" + name.upper(), 1) for name in INSTRUCTION_SETS],
         extra_compile_args=FLAGS,
         extra_link_args=["-fopenmp"],

@@ -11,6 +11,8 @@
 #include "common.h"
 #include "cpu/effect_reduction.h"
 #include "cpu/render_sprites.h"
+#include "cpu/sparse_adam.h"
+#include "cpu/sparse_decode.h"
 
 namespace py = pybind11;
 using namespace vaecirc;
@@ -22,9 +24,21 @@ struct Kernels {
     bool (*effect_reduction)(const EffectReduction&);
     bool (*effect_reduction_backward)(const EffectReductionBackward&);
     int64_t (*render_sprites)(const RenderSprites&);
+    int64_t (*sparse_decode)(const SparseDecode&);
+    int64_t (*sparse_decode_values)(const SparseDecodeValues&);
+    int64_t (*sparse_accumulate)(const SparseAccumulate&);
+    int64_t (*sparse_adam)(const SparseAdam&);
 };
 
-#define VAECIRC_KERNELS(set) {#set, set::effect_reduction, set::effect_reduction_backward, set::render_sprites},
+#define VAECIRC_KERNELS(set)         \
+    {#set,                           \
+     set::effect_reduction,          \
+     set::effect_reduction_backward, \
+     set::render_sprites,            \
+     set::sparse_decode,             \
+     set::sparse_decode_values,      \
+     set::sparse_accumulate,         \
+     set::sparse_adam},
 const Kernels BUILT[] = {VAECIRC_FOR_EACH_ISA(VAECIRC_KERNELS)};
 const Kernels* chosen = &BUILT[0];
 
@@ -64,6 +78,12 @@ void checked(bool ok) {
     if (!ok) throw std::bad_alloc();
 }
 
+// Of kernels over sparse rows: memory is asked for again, whatever else was wrong is for the caller to say.
+int64_t what_was_wrong(int64_t wrong) {
+    checked(wrong != -2);
+    return wrong;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -96,5 +116,62 @@ PYBIND11_MODULE(_C, m) {
               return chosen->render_sprites({at<int64_t>(factors), B, sizes.data(), at<int16_t>(x), vertices,
                                              at<int32_t>(first), at<Crossing>(crossings), ImageFormat(format),
                                              at<void>(out), fresh, threads});
+          });
+    m.def("sparse_decode",
+          [](uintptr_t values, uintptr_t indices, uintptr_t w, uintptr_t bias, uintptr_t offsets, uintptr_t target,
+             int dtype, const std::array<int64_t, 5>& sizes, uintptr_t y, uintptr_t squared_error, int threads) {
+              py::gil_scoped_release release;
+              const auto [B, K, N, D, M] = sizes;
+              return what_was_wrong(chosen->sparse_decode(
+                  {at<void>(values), at<int32_t>(indices), at<void>(w), at<void>(bias), at<int32_t>(offsets),
+                   at<void>(target), DType(dtype), B, K, N, D, M, at<void>(y), at<void>(squared_error), threads}));
+          });
+    m.def("sparse_decode_values", [](uintptr_t indices, uintptr_t w, uintptr_t g, uintptr_t offsets, int dtype,
+                                     const std::array<int64_t, 5>& sizes, uintptr_t out, int threads) {
+        py::gil_scoped_release release;
+        const auto [B, K, N, D, M] = sizes;
+        return what_was_wrong(
+            chosen->sparse_decode_values({at<int32_t>(indices), at<void>(w), at<void>(g), at<int32_t>(offsets),
+                                          DType(dtype), B, K, N, D, M, at<void>(out), threads}));
+    });
+    m.def("sparse_accumulate", [](uintptr_t values, uintptr_t indices, uintptr_t g, uintptr_t offsets, int dtype,
+                                  const std::array<int64_t, 5>& sizes, uintptr_t out, uintptr_t totals, int threads) {
+        py::gil_scoped_release release;
+        const auto [B, K, N, D, M] = sizes;
+        return what_was_wrong(
+            chosen->sparse_accumulate({at<void>(values), at<int32_t>(indices), at<void>(g), at<int32_t>(offsets),
+                                       DType(dtype), B, K, N, D, M, at<void>(out), at<void>(totals), threads}));
+    });
+    m.def("sparse_adam",
+          [](const std::array<uintptr_t, 3>& weight, const std::array<uintptr_t, 3>& bias, uintptr_t values,
+             uintptr_t indices, uintptr_t g, uintptr_t offsets, int dtype, const std::array<int64_t, 5>& sizes,
+             const std::array<double, 5>& options, int64_t step, bool decoupled, int threads) {
+              py::gil_scoped_release release;
+              const auto [B, K, N, D, M] = sizes;
+              const auto [lr, beta1, beta2, eps, weight_decay] = options;
+              return what_was_wrong(chosen->sparse_adam({at<void>(weight[0]),
+                                                         at<void>(weight[1]),
+                                                         at<void>(weight[2]),
+                                                         at<void>(bias[0]),
+                                                         at<void>(bias[1]),
+                                                         at<void>(bias[2]),
+                                                         at<void>(values),
+                                                         at<int32_t>(indices),
+                                                         at<void>(g),
+                                                         at<int32_t>(offsets),
+                                                         DType(dtype),
+                                                         B,
+                                                         K,
+                                                         N,
+                                                         D,
+                                                         M,
+                                                         lr,
+                                                         beta1,
+                                                         beta2,
+                                                         eps,
+                                                         weight_decay,
+                                                         step,
+                                                         decoupled,
+                                                         threads}));
           });
 }

@@ -2,5 +2,7 @@
 
 from .effect_reduction import effect_reduction
 from .render_sprites import render_sprites
+from .sparse_adam import sparse_adam
+from .sparse_decode import sparse_decode
 
-__all__ = ["effect_reduction", "render_sprites"]
+__all__ = ["effect_reduction", "render_sprites", "sparse_adam", "sparse_decode"]

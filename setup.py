@@ -14,7 +14,9 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 from setuptools.errors import CompileError
 
-KERNELS = ["csrc/cpu/effect_reduction.cpp", "csrc/cpu/render_sprites.cpp", "csrc/cpu/topk.cpp"]
+OPS = ["effect_reduction", "render_sprites", "topk", "topk_encode"]
+KERNELS = [f"csrc/cpu/{op}.cpp" for op in OPS]
+HEADERS = ["csrc/common.h", "csrc/cpu/topk_select.h", *(f"csrc/cpu/{op}.h" for op in OPS)]
 FLAGS = ["-O3", "-std=gnu++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # _native.py picks the widest set this processor has. Other architectures get the baseline alone.
 INSTRUCTION_SETS = {"baseline": []}

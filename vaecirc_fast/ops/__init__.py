@@ -3,5 +3,6 @@
 from .effect_reduction import effect_reduction
 from .render_sprites import render_sprites
 from .topk import topk
+from .topk_encode import topk_encode
 
-__all__ = ["effect_reduction", "render_sprites", "topk"]
+__all__ = ["effect_reduction", "render_sprites", "topk", "topk_encode"]

@@ -15,6 +15,7 @@
 #include "cpu/topk.h"
 #include "cpu/sparse_adam.h"
 #include "cpu/sparse_decode.h"
+#include "cpu/topk_encode.h"
 
 namespace py = pybind11;
 using namespace vaecirc;
@@ -34,6 +35,10 @@ struct Kernels {
     int64_t (*sparse_decode_values)(const SparseDecodeValues&);
     int64_t (*sparse_accumulate)(const SparseAccumulate&);
     int64_t (*sparse_adam)(const SparseAdam&);
+    bool (*topk_encode)(const TopKEncode&);
+    int64_t (*batch_append)(const BatchAppend&);
+    int64_t (*batch_cut)(const BatchCut&);
+    void (*batch_fill)(const BatchFill&);
 };
 
 #define VAECIRC_KERNELS(set) \
@@ -48,7 +53,11 @@ struct Kernels {
      set::sparse_decode, \
      set::sparse_decode_values, \
      set::sparse_accumulate, \
-     set::sparse_adam},
+     set::sparse_adam, \
+     set::topk_encode, \
+     set::batch_append, \
+     set::batch_cut, \
+     set::batch_fill},
 const Kernels BUILT[] = {VAECIRC_FOR_EACH_ISA(VAECIRC_KERNELS)};
 const Kernels* chosen = &BUILT[0];
 
@@ -211,4 +220,37 @@ PYBIND11_MODULE(_C, m) {
                                                          decoupled,
                                                          threads}));
           });
+    m.def("topk_encode", [](uintptr_t pre, int dtype, int64_t rows, int64_t M, uintptr_t bias, bool relu, int64_t k,
+                            int64_t K, uintptr_t values, uintptr_t indices, uintptr_t fired, uintptr_t dead,
+                            int64_t n_dead, int64_t k_aux, uintptr_t aux_values, uintptr_t aux_indices, int threads) {
+        py::gil_scoped_release release;
+        checked(chosen->topk_encode({at<void>(pre), DType(dtype), rows, M, at<float>(bias), relu, k, K,
+                                     at<void>(values), at<int32_t>(indices), at<int32_t>(fired), at<int32_t>(dead),
+                                     n_dead, k_aux, at<void>(aux_values), at<int32_t>(aux_indices), threads}));
+    });
+    m.attr("CUT_ALL") = CUT_ALL;
+    m.attr("CUT_ZERO") = CUT_ZERO;
+    m.def("batch_append", [](uintptr_t pre, int dtype, int64_t rows, int64_t M, uintptr_t bias, int64_t beyond,
+                             uintptr_t values, uintptr_t columns, int64_t count, uintptr_t counts, int threads) {
+        py::gil_scoped_release release;
+        const int64_t found =
+            chosen->batch_append({at<void>(pre), DType(dtype), rows, M, at<float>(bias), int32_t(beyond),
+                                  at<float>(values), at<int32_t>(columns), count, at<int32_t>(counts), threads});
+        checked(found >= 0);
+        return found;
+    });
+    m.def("batch_cut",
+          [](uintptr_t values, uintptr_t columns, int64_t count, int64_t keep, uintptr_t counts, int64_t rows) {
+              py::gil_scoped_release release;
+              const int64_t cut =
+                  chosen->batch_cut({at<float>(values), at<int32_t>(columns), count, keep, at<int32_t>(counts), rows});
+              checked(cut != INT64_MIN);
+              return cut;
+          });
+    m.def("batch_fill", [](uintptr_t values, uintptr_t columns, uintptr_t counts, int64_t rows, int64_t M,
+                           int64_t count, int64_t keep, uintptr_t out_values, uintptr_t out_columns) {
+        py::gil_scoped_release release;
+        chosen->batch_fill({at<float>(values), at<int32_t>(columns), at<int32_t>(counts), rows, M, count, keep,
+                            at<float>(out_values), at<int32_t>(out_columns)});
+    });
 }

@@ -98,12 +98,10 @@ INLINE uint32_t lowest_bits(uint32_t bits, int n) {
     return bits;
 }
 
-// The lanes in `bits`, packed, at `values` and `index`, where a whole register may be written. Returns how many.
+// The lanes in `bits`, packed, at `out`, where a whole register may be written.
 #if defined(__AVX512F__)
-INLINE int pack(vf x, vi i, uint32_t bits, float* values, int32_t* index) {
-    _mm512_storeu_ps(values, _mm512_maskz_compress_ps((__mmask16)bits, (__m512)x));
-    _mm512_storeu_si512(index, _mm512_maskz_compress_epi32((__mmask16)bits, (__m512i)i));
-    return count_bits(bits);
+INLINE void pack(vi v, uint32_t bits, void* out) {
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32((__mmask16)bits, (__m512i)v));
 }
 #elif defined(__AVX2__)
 // For each set of 8 lanes, their numbers first.
@@ -118,20 +116,26 @@ struct Orders {
     }
 };
 constexpr Orders ORDERS;
-INLINE int pack(vf x, vi i, uint32_t bits, float* values, int32_t* index) {
+INLINE void pack(vi v, uint32_t bits, void* out) {
     const __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)ORDERS.lane[bits]));
-    _mm256_storeu_ps(values, _mm256_permutevar8x32_ps((__m256)x, order));
-    _mm256_storeu_si256((__m256i*)index, _mm256_permutevar8x32_epi32((__m256i)i, order));
-    return count_bits(bits);
+    _mm256_storeu_si256((__m256i*)out, _mm256_permutevar8x32_epi32((__m256i)v, order));
 }
 #else
-INLINE int pack(vf x, vi i, uint32_t bits, float* values, int32_t* index) {
+INLINE void pack(vi v, uint32_t bits, void* out) {
+    vi packed = v;
     int n = 0;
     for (int lane = 0; lane < W; ++lane)
-        if (bits >> lane & 1) values[n] = x[lane], index[n++] = i[lane];
-    return n;
+        if (bits >> lane & 1) packed[n++] = v[lane];
+    *(viu*)out = packed;
 }
 #endif
+
+// The same of values and of their indices; returns how many.
+INLINE int pack(vf x, vi i, uint32_t bits, float* values, int32_t* index) {
+    pack((vi)x, bits, values);
+    pack(i, bits, index);
+    return count_bits(bits);
+}
 
 // --- keys ------------------------------------------------------------------------------------------------------------
 

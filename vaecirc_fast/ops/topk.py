@@ -71,7 +71,7 @@ _COUNTS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 def checked(k: Tensor | None, k_max: int) -> Tensor | None:
-    """k clamped to [0, k_max] where it lies on a GPU, which must not be waited for; else InputError beyond [1, k_max]."""
+    """k, of a GPU clamped to [0, k_max] without waiting for it; of the CPU InputError if it is out of [1, k_max]."""
     if k is None:
         return None
     if k.device.type == "cpu":

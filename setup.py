@@ -15,7 +15,15 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 from setuptools.errors import CompileError
 
-ROWS = ["effect_reduction", "render_sprites", "sparse_adam", "sparse_decode", "threshold_encode", "topk", "topk_encode"]  # with a C++ kernel
+ROWS = [
+    "effect_reduction",
+    "render_sprites",
+    "sparse_adam",
+    "sparse_decode",
+    "threshold_encode",
+    "topk",
+    "topk_encode",
+]  # with a C++ kernel
 KERNELS = [f"csrc/cpu/{row}.cpp" for row in ROWS]
 HEADERS = sorted(glob.glob("csrc/*.h") + glob.glob("csrc/cpu/*.h"))
 FLAGS = ["-O3", "-std=gnu++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]

@@ -11,10 +11,10 @@
 #include "common.h"
 #include "cpu/effect_reduction.h"
 #include "cpu/render_sprites.h"
-#include "cpu/threshold_encode.h"
-#include "cpu/topk.h"
 #include "cpu/sparse_adam.h"
 #include "cpu/sparse_decode.h"
+#include "cpu/threshold_encode.h"
+#include "cpu/topk.h"
 #include "cpu/topk_encode.h"
 
 namespace py = pybind11;
@@ -41,22 +41,22 @@ struct Kernels {
     void (*batch_fill)(const BatchFill&);
 };
 
-#define VAECIRC_KERNELS(set) \
-    {#set, \
-     set::effect_reduction, \
+#define VAECIRC_KERNELS(set)         \
+    {#set,                           \
+     set::effect_reduction,          \
      set::effect_reduction_backward, \
-     set::render_sprites, \
-     set::threshold_encode, \
+     set::render_sprites,            \
+     set::threshold_encode,          \
      set::threshold_encode_backward, \
-     set::topk, \
-     set::topk_backward, \
-     set::sparse_decode, \
-     set::sparse_decode_values, \
-     set::sparse_accumulate, \
-     set::sparse_adam, \
-     set::topk_encode, \
-     set::batch_append, \
-     set::batch_cut, \
+     set::topk,                      \
+     set::topk_backward,             \
+     set::sparse_decode,             \
+     set::sparse_decode_values,      \
+     set::sparse_accumulate,         \
+     set::sparse_adam,               \
+     set::topk_encode,               \
+     set::batch_append,              \
+     set::batch_cut,                 \
      set::batch_fill},
 const Kernels BUILT[] = {VAECIRC_FOR_EACH_ISA(VAECIRC_KERNELS)};
 const Kernels* chosen = &BUILT[0];

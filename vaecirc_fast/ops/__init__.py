@@ -8,4 +8,12 @@ from .threshold_encode import threshold_encode
 from .topk import topk
 from .topk_encode import topk_encode
 
-__all__ = ["effect_reduction", "render_sprites", "sparse_adam", "sparse_decode", "threshold_encode", "topk", "topk_encode"]
+__all__ = [
+    "effect_reduction",
+    "render_sprites",
+    "sparse_adam",
+    "sparse_decode",
+    "threshold_encode",
+    "topk",
+    "topk_encode",
+]

@@ -9,12 +9,15 @@ from . import errors, groups, ops
 from ._registry import backend, backends
 
 if TYPE_CHECKING:
-    from . import data, interventions, metrics, models, planted, report, studies, sweeps, training
+    from . import compat, data, interventions, metrics, models, planted, report, studies, sweeps, training
+    from .compat import accelerate
     from .interventions import latent_sweep, posterior_scale, wrap
 
 __all__ = [
+    "accelerate",
     "backend",
     "backends",
+    "compat",
     "data",
     "errors",
     "groups",
@@ -35,9 +38,9 @@ __version__ = "0.1.0"
 
 # Loaded when first used, so that `import vaecirc_fast` stays as quick as torch itself.
 _MODULES = frozenset(
-    {"data", "interventions", "metrics", "models", "planted", "report", "studies", "sweeps", "training"}
+    {"compat", "data", "interventions", "metrics", "models", "planted", "report", "studies", "sweeps", "training"}
 )
-_FUNCTIONS = {name: "interventions" for name in ("latent_sweep", "posterior_scale", "wrap")}
+_FUNCTIONS = {name: "interventions" for name in ("latent_sweep", "posterior_scale", "wrap")} | {"accelerate": "compat"}
 
 
 def __getattr__(name: str):

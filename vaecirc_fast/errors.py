@@ -15,3 +15,7 @@ class MissingExtra(ImportError):
 
 class TrainingDiverged(RuntimeError):
     """The loss or the weights became NaN or infinite; the message names the step and the last good checkpoint."""
+
+
+class AccelerationError(BackendError):
+    """An accelerated module did not agree with its original and was restored; the message has the numbers."""

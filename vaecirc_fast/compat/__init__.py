@@ -1,0 +1,11 @@
+"""Sparse autoencoders of other packages: `accelerate` makes them fast in place, and one module each reads their files.
+
+`sae_lens`, `dictionary_learning`, `sparsify` and `openai` have `load(path)` and `save(path, weights)` between the files
+of that package and `Weights`. None of the packages is imported, or needed, for that.
+"""
+
+from . import dictionary_learning, openai, sae_lens, sparsify
+from .accelerate import Report, accelerate
+from .weights import Weights
+
+__all__ = ["Report", "Weights", "accelerate", "dictionary_learning", "openai", "sae_lens", "sparsify"]

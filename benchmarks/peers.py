@@ -1,4 +1,4 @@
-"""`python -m benchmarks.peers`: the same measurement with the real packages of others, for equal numbers and the ratio.
+"""`python -m benchmarks.peers`: the same measurements with the real packages of others, for equal numbers and the ratio.
 
 Runs in an environment of its own (`make peers`), because peers bring heavy dependencies.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import vaecirc_fast as vf
 from vaecirc_fast.interventions.grids import symmetric
 
-from . import tables
+from . import peer_autoencoders, tables
 from .harness import commit, machine
 
 SAMPLES, LATENTS, ROUNDS = 64, 10, 5
@@ -86,17 +86,26 @@ def main() -> int:
             facts = {"case": case, "form": name + version, "ours": name == "ours", "rounds": ROUNDS}
             decodes = SAMPLES * LATENTS * len(DELTAS)
             cases.append({**facts, "decodes": decodes, "median_s": middle, "iqr_s": high - low})
+    of_autoencoders, complaints = peer_autoencoders.measure()
+    _write("peers", cases)
+    _write("peer_autoencoders", of_autoencoders)
+    cases += of_autoencoders
+    ours_s = {c["case"]: c["median_s"] for c in cases if c["ours"]}
+    for c in cases:
+        print(f"{c['case']}: {c['form']} {1e3 * c['median_s']:.0f} ms, {c['median_s'] / ours_s[c['case']]:.2f}x ours")
+    print("\n".join(complaints), file=sys.stderr)
+    unequal = unequal or bool(complaints)
+    print("numbers equal" if not unequal else "numbers DIFFER")
+    return int(unequal)
+
+
+def _write(name: str, cases: list[dict[str, Any]]) -> None:
     root = Path(__file__).parent.parent
-    out = root / "benchmarks" / "results" / machine() / "peers.json"
+    out = root / "benchmarks" / "results" / machine() / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
     out.write_text(json.dumps({"commit": commit(root), "versions": versions, "cases": cases}, indent=1) + "\n")
     tables.write(root)
-    ours_s = {c["case"]: c["median_s"] for c in cases if c["ours"]}
-    for c in cases:
-        print(f"{c['case']}: {c['form']} {1e3 * c['median_s']:.0f} ms, {c['median_s'] / ours_s[c['case']]:.2f}x ours")
-    print("numbers equal" if not unequal else "numbers DIFFER")
-    return int(unequal)
 
 
 if __name__ == "__main__":

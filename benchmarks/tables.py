@@ -64,10 +64,10 @@ def _table(case: str, forms: list[dict[str, Any]]) -> list[str]:
 
 
 def _short(machine: str, case: str, forms: list[dict[str, Any]]) -> list[str]:
-    """One line a case: ours against the best alternative."""
+    """One line a case that is no detail: ours against the best alternative."""
     ours = next((f for f in forms if f["ours"]), None)
     others = [f for f in forms if not f["ours"] and f["form"] not in FLOORS]
-    if ours is None or not others:
+    if ours is None or not others or ours.get("detail"):
         return []
     best = min(others, key=_time)
     return [f"| {machine} | {case} | {best['form']} (the best other) | {_time(best) / _time(ours):.2f}x |"]

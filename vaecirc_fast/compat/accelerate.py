@@ -1,4 +1,4 @@
-"""`accelerate`: makes a sparse autoencoder of another package fast in place, and proves on a batch that it is the same."""
+"""`accelerate`: makes a sparse autoencoder of another package fast in place, and shows on a batch that it is equal."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ class Report:
     replaced: dict[str, tuple[str, ...]]
     backends: dict[str, str]
     left: dict[str, str]
+    differs: dict[str, str]
     agreements: list[Agreement]
     _module: nn.Module = field(repr=False)
     _state: State = field(repr=False)
@@ -78,6 +79,7 @@ class Report:
                 f"allowed {a.allowed:.2g}{sets}; {a.rows} rows{ties}"
             )
         lines += [f"  left alone: {name}: {why}" for name, why in self.left.items()]
+        lines += [f"  differs from the package: {name}: {how}" for name, how in self.differs.items()]
         lines += [f"  fell back {count} times: {name}: {why}" for (name, why), count in self.fallbacks.items()]
         return "\n".join(lines)
 
@@ -113,6 +115,7 @@ def accelerate(module: nn.Module, *, sample: Tensor | None = None, code_gradient
             {name: ops for name, (_, ops) in [*plan.methods.items(), *_parts_by_name(plan).items()]},
             _backends(plan),
             plan.left,
+            plan.differs,
             [],
             module,
             state,
@@ -224,18 +227,24 @@ class _Calling(nn.Module):
 
 def _call(module: nn.Module, call: Any, x: Tensor, dtype: torch.dtype | None = None) -> Any:
     """call(module, x) with copies of all buffers, so that none changes, and with all floats in `dtype`."""
-    tensors = dict(module.named_parameters()) | {name: b.clone() for name, b in module.named_buffers()}
+    calling = _Calling(module)
+    tensors: dict[str, Tensor] = {}
+    for path, part in calling.named_modules():
+        for name, tensor in part._parameters.items():
+            if tensor is not None and dtype is not None:
+                tensors[f"{path}.{name}"] = tensor.detach().to(dtype)
+        for name, tensor in part._buffers.items():
+            if tensor is not None:
+                tensors[f"{path}.{name}"] = tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
     if dtype is not None:
-        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         x = x.to(dtype)
     own = module.__dict__.get("dtype")
     if dtype is not None and isinstance(own, torch.dtype):
         module.__dict__["dtype"] = dtype
     try:
         with torch.no_grad():
-            return torch.func.functional_call(
-                _Calling(module), {f"module.{n}": t for n, t in tensors.items()}, (call, x)
-            )
+            # Not tie_weights: of a module that is part of two others it would leave the copies behind.
+            return torch.func.functional_call(calling, tensors, (call, x), tie_weights=False)
     finally:
         if isinstance(own, torch.dtype):
             module.__dict__["dtype"] = own
@@ -286,7 +295,9 @@ def _ties(module: nn.Module, plan: Plan, cut: Cut, x: Tensor) -> Tensor:
     pre = given @ w.T + b
     at = pre.relu() if cut.relu else pre
     if cut.k is None:
-        limit = torch.as_tensor(cut.threshold, dtype=torch.float64, device=x.device).clamp(min=0 if cut.relu else None)
+        limit = torch.as_tensor(cut.threshold, dtype=torch.float64, device=x.device).clamp(
+            min=0 if cut.relu else -math.inf
+        )
     elif cut.batch:
         limit = at.flatten().topk(cut.k * len(at)).values[-1]
     else:
@@ -316,8 +327,8 @@ def _sets(name: str, before: _Before, ours: Tensor) -> tuple[Tensor, float]:
     if bool(wrong.any()):
         row, latent = (int(i) for i in wrong.nonzero()[0])
         raise AccelerationError(
-            f"{name}: latent {latent} of row {row} is active in {'ours' if ours[row, latent] else 'the original'} only, "
-            f"and is no tie ({int(wrong.sum())} such entries of {wrong.numel()}); the module was restored"
+            f"{name}: latent {latent} of row {row} is active in {'ours' if ours[row, latent] else 'the original'} "
+            f"only and is no tie ({int(wrong.sum())} such entries of {wrong.numel()}); the module was restored"
         )
     return ((ours == truth) & (original == truth)).all(1), float((ours == original).double().mean())
 
@@ -335,8 +346,8 @@ def _agreement(check: Check, before: _Before, ours: Tensor, rows: Tensor, sets: 
     allowed = 2 * theirs + 4 * torch.finfo(ours.dtype).eps
     if not error <= allowed:
         raise AccelerationError(
-            f"{check.name}: error {error:.3g} of a row's largest, where the original has {theirs:.3g} and {allowed:.3g} "
-            "is allowed; the module was restored"
+            f"{check.name}: error {error:.3g} of a row's largest; the original has {theirs:.3g}, and {allowed:.3g} is "
+            "allowed; the module was restored"
         )
     ties = int((~rows).sum())
     return Agreement(

@@ -1,4 +1,4 @@
-"""What the fast methods of all peers share: what is kept with a module, falling back in sight, codes sparse and dense."""
+"""What the fast methods of all peers share: state kept with a module, falling back in sight, codes sparse and dense."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def selected(pre: Tensor, x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tens
     return values.view(shape), indices.view(shape)
 
 
-# --- what a peer's file says about a module ----------------------------------------------------------------------------
+# --- what a peer's file says about a module --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class Plan:
     latents: int
     weight: Tensor
     methods: dict[str, tuple[Callable[..., Any], tuple[str, ...]]]  # name -> function, ops
-    left: dict[str, str]
+    left: dict[str, str]  # what stays as it is -> why
     linear: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor | None]]  # x -> input of the product, w (M, D), b
     cuts: dict[str, Cut]  # name of the check of codes -> what makes a latent active
     checks: list[Check]
@@ -242,4 +242,5 @@ class Plan:
     parts: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = field(
         default_factory=dict
     )  # submodule -> its forward
+    differs: dict[str, str] = field(default_factory=dict)  # what is not the package's, for the package is wrong -> how
     sample_shape: tuple[int, ...] | None = None  # of a row, None: it cannot be known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,7 @@ def _encode(coder: Any, x: Tensor) -> Any:
 
 
 def _output(coder: Any) -> Any:
-    """The package's own tuple, as the module that defines the coder knows it."""
-    import sys
-
+    """The package's own tuple. It is imported, for there is a coder."""
     return sys.modules["sparsify.fused_encoder"].EncoderOutput
 
 
@@ -104,14 +103,14 @@ def _plan(coder: Any) -> Plan:
         "decode": (_decode, ("sparse_decode",)),
         "forward": (_forward, ("topk_encode", "sparse_decode")),
     }
-    left = {
-        "AuxK and multi_topk": "the package's own, on dense pre-activations",
-        "gradients of encode": "not the package's: its fused encoder drops those of pre_acts and leaks some through "
-        "chosen zeros; these are autograd's of relu and topk",
+    left = {"AuxK and multi_topk": "the package's own, on dense pre-activations"}
+    differs = {
+        "gradients of encode": "those of relu, topk and autograd; the package's fused encoder drops what comes through "
+        "pre_acts, so AuxK trains no encoder, and lets some through chosen zeros"
     }
     if coder.cfg.activation != "topk":
         del methods["encode"], methods["forward"]
-        left = {"encode": f"the activation is {coder.cfg.activation}"}
+        left, differs = {"encode": f"the activation is {coder.cfg.activation}"}, {}
     checks = [Check("activations", _codes, "activations")]
     if coder.W_dec is not None:
         checks.append(Check("reconstruction", _reconstructed, "activations"))
@@ -126,6 +125,7 @@ def _plan(coder: Any) -> Plan:
         cuts={"activations": Cut(coder.cfg.k)},
         checks=checks,
         points=(),
+        differs=differs,
         sample_shape=(coder.d_in,),
     )
 

@@ -1,4 +1,4 @@
-"""The autoencoders of other packages, as they are and accelerated: equal results, equal gradients, and the time of both.
+"""The autoencoders of other packages, as they are and accelerated: equal results and gradients, and the time of both.
 
 Run by `make peers`, in an environment with the real packages.
 """
@@ -46,11 +46,9 @@ def _import(name: str) -> Any:
 
 
 def _sae_lens() -> list[Peer]:
-    saes = _import("sae_lens.saes")
     topk, jump = _import("sae_lens.saes.topk_sae"), _import("sae_lens.saes.jumprelu_sae")
     batch, standard = _import("sae_lens.saes.batchtopk_sae"), _import("sae_lens.saes.standard_sae")
     step_input = _import("sae_lens.saes.sae").TrainStepInput
-    assert saes
 
     def loss(m: Any, x: Tensor) -> Tensor:
         dead = torch.arange(m.cfg.d_sae) < DEAD
@@ -274,7 +272,7 @@ def measure() -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _cases(peer: Peer, size: tuple[int, int, int, int]) -> list[dict[str, Any]]:
-    B, D, M, K = size
+    B, D, M, K = size  # k is of those that have one
     theirs, accelerated = made(peer, size), made(peer, size)
     x = torch.randn(B, D, generator=torch.Generator().manual_seed(1))
     report = vf.accelerate(accelerated, sample=x)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.peers`: the same measurements with the real packages of others, for equal numbers and the ratio.
+"""`python -m benchmarks.peers`: the same measurements with the real packages of others, for equal numbers and ratios.
 
 Runs in an environment of its own (`make peers`), because peers bring heavy dependencies.
 """

@@ -266,10 +266,8 @@ def _before(module: nn.Module, plan: Plan, sample: Tensor | None) -> _Before:
             raise InputError("sample: expected a floating tensor (..., D)")
         shape = plan.sample_shape
         if sample.ndim < 2 or (shape is not None and sample.shape[-len(shape) :] != shape) or sample.numel() == 0:
-            expected = (
-                "(..., heads, d)" if shape is None else f"(..., {', '.join(map(str, shape))}) of 2 dimensions or more"
-            )
-            raise InputError(f"sample: expected {expected} with a row, got {tuple(sample.shape)}")
+            expected = "(B, ..., heads, d)" if shape is None else f"(B, ..., {shape[0]})"
+            raise InputError(f"sample: expected {expected} with B > 0, got {tuple(sample.shape)}")
         samples = [sample.to(plan.weight.device, plan.weight.dtype)]
     elif plan.sample_shape is None:
         raise InputError("sample: give one; how this module splits its input cannot be known")
@@ -312,6 +310,11 @@ def _ties(module: nn.Module, plan: Plan, cut: Cut, x: Tensor) -> Tensor:
 def _compare(module: nn.Module, plan: Plan, before: _Before, agreements: list[Agreement]) -> None:
     """AccelerationError unless what the module gives now agrees with what it gave."""
     ours = {check.name: _call(module, check.call, before.x) for check in plan.checks}
+    for name, result in ours.items():
+        was = before.original[name]
+        if result.shape != was.shape or result.dtype != was.dtype:
+            got, expected = (f"{t.dtype} {tuple(t.shape)}" for t in (result, was))
+            raise AccelerationError(f"{name}: got {got} in place of {expected}; the module was restored")
     sets = {name: _sets(name, before, ours[name]) for name in plan.cuts}
     for check in plan.checks:
         agreements.append(_agreement(check, before, ours[check.name], *sets[check.codes]))
@@ -335,11 +338,6 @@ def _sets(name: str, before: _Before, ours: Tensor) -> tuple[Tensor, float]:
 
 def _agreement(check: Check, before: _Before, ours: Tensor, rows: Tensor, sets: float) -> Agreement:
     truth, original = before.truth[check.name], before.original[check.name]
-    if ours.shape != original.shape or ours.dtype != original.dtype:
-        raise AccelerationError(
-            f"{check.name}: got {ours.dtype} {tuple(ours.shape)} in place of {original.dtype} {tuple(original.shape)}; "
-            "the module was restored"
-        )
     if not bool(rows.any()):
         raise InputError(f"sample: every row of its {check.name} has a tie, so nothing could be compared; give another")
     error, theirs = (_error(t, truth, rows) for t in (ours, original))

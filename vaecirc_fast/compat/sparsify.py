@@ -81,11 +81,40 @@ def _decode(coder: Any, top_acts: Tensor, top_indices: Tensor) -> Tensor:
     return ops.sparse_decode(top_acts.to(coder.W_dec.dtype), top_indices, coder.W_dec, coder.b_dec)
 
 
-def _forward(coder: Any, x: Tensor, y: Tensor | None = None, *, dead_mask: Tensor | None = None, **rest: Any) -> Any:
-    """The package's own forward, which looks at dense pre-activations for two losses only."""
-    wanted = coder.cfg.multi_topk or (dead_mask is not None and bool(dead_mask.any()))
-    with setting(coder, sparse_only=not wanted):
-        return type(coder).forward(coder, x, y, dead_mask=dead_mask, **rest)
+def _forward(
+    coder: Any,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    dead_mask: Tensor | None = None,
+    total_variance: Tensor | None = None,
+) -> Any:
+    """The package's own forward, which looks at dense pre-activations for two losses only; one of these, AuxK, is here
+    without them."""
+    aux = dead_mask is not None and bool(dead_mask.any())
+    rest = {"dead_mask": dead_mask, "total_variance": total_variance}
+    if aux and not coder.cfg.multi_topk and coder.W_dec is not None and x.device.type == "cpu" and not _why(coder, x):
+        if not torch.is_autocast_enabled("cpu"):
+            return _forward_with_aux(coder, x, x if y is None else y, **rest)
+    with setting(coder, sparse_only=not (aux or coder.cfg.multi_topk)):
+        return type(coder).forward(coder, x, y, **rest)
+
+
+def _forward_with_aux(coder: Any, x: Tensor, y: Tensor, dead_mask: Tensor, total_variance: Tensor | None) -> Any:
+    """AuxK of Gao et al. 2024 (arXiv 2406.04093, appendix A.2) as the package scales it."""
+    dead = int(dead_mask.sum())
+    wanted = y.shape[-1] // 2
+    codes = ops.topk_encode(*_linear(coder, x), coder.cfg.k, dead=dead_mask.bool(), k_aux=min(wanted, dead))
+    out = coder.decode(codes.values, codes.indices)
+    if coder.W_skip is not None:
+        out = out + x @ coder.W_skip.mT
+    residual = y - out
+    total = (y - y.mean(0)).pow(2).sum() if total_variance is None else total_variance
+    missed = ops.sparse_decode(codes.aux_values, codes.aux_indices, coder.W_dec) - residual.detach()
+    auxk_loss = min(dead / wanted, 1.0) * missed.pow(2).sum() / total
+    fvu = residual.pow(2).sum() / total
+    output = sys.modules["sparsify.sparse_coder"].ForwardOutput
+    return output(out, codes.values, codes.indices.long(), fvu, auxk_loss, out.new_tensor(0.0))
 
 
 def _codes(coder: Any, x: Tensor) -> Tensor:
@@ -103,7 +132,7 @@ def _plan(coder: Any) -> Plan:
         "decode": (_decode, ("sparse_decode",)),
         "forward": (_forward, ("topk_encode", "sparse_decode")),
     }
-    left = {"AuxK and multi_topk": "the package's own, on dense pre-activations"}
+    left = {"multi_topk": "the package's own, on dense pre-activations"}
     differs = {
         "gradients of encode": "those of relu, topk and autograd; the package's fused encoder drops what comes through "
         "pre_acts, so AuxK trains no encoder, and lets some through chosen zeros"

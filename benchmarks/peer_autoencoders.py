@@ -173,9 +173,26 @@ def made(peer: Peer, size: tuple[int, int, int, int], double: bool = False) -> A
             p.mul_(1 + 0.2 * torch.rand(p.shape[:1] + (1,) * (p.ndim - 1)))
             if p.ndim == 1:
                 p.add_(0.3 if name == "threshold" else 0.05 * torch.randn(p.shape))
+        _make_sparse(m, *size)
     if double:
         m = m.to(torch.float64)
     return m
+
+
+def _make_sparse(m: Any, B: int, D: int, M: int, K: int) -> None:
+    """Where no k keeps codes few: K of them active in a row of normal numbers on average, as training leaves them."""
+    of_layer = hasattr(m, "encoder")
+    w = m.encoder.weight if of_layer else m.W_enc.T
+    bias = m.encoder.bias if of_layer and hasattr(m.encoder, "bias") else getattr(m, "b_enc", None)
+    if bias is None:
+        return
+    pre = torch.randn(512, D, generator=torch.Generator().manual_seed(2)) @ w.T + bias
+    above = pre.flatten().kthvalue(int(pre.numel() * (1 - K / M))).values
+    threshold = getattr(m, "threshold", None)
+    if threshold is not None:
+        threshold.fill_(above)
+    elif not hasattr(m, "activation_fn") or type(m.activation_fn) is nn.ReLU:
+        bias.sub_(above)
 
 
 def _gradients(peer: Peer, m: Any, x: Tensor) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from .. import ops
 from ..errors import InputError
 from .methods import (
     DENSE_DECODER,
+    PRODUCT_IS_ALL,
     Check,
     Cut,
     Plan,
@@ -23,6 +24,7 @@ from .methods import (
     recall,
     remember,
     selected,
+    thresholded,
     why_dense,
     why_other_dtype,
 )
@@ -113,6 +115,16 @@ def _encode_batch(ae: Any, x: Tensor, return_active: bool = False, use_threshold
     return codes, codes.sum(0) > 0, acts
 
 
+def _forward_batch(ae: Any, x: Tensor, output_features: bool = False) -> Any:
+    why = _why(ae, x)
+    if why:
+        return fall_back(ae, "forward", why, x, output_features)
+    if output_features:
+        return type(ae).forward(ae, x, output_features)
+    codes = thresholded(*_linear(ae, x), ae.threshold.to(x.dtype), "relu")
+    return _reconstructed(ae, codes, x.shape[:-1]) if isinstance(codes, Sparse) else type(ae).decode(ae, codes)
+
+
 # --- ReLU, JumpReLU --------------------------------------------------------------------------------------------------
 
 
@@ -120,11 +132,16 @@ def _linear_relu(ae: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x - ae.bias, ae.encoder.weight, ae.encoder.bias
 
 
-def _encode_relu(ae: Any, x: Tensor) -> Tensor:
+def _forward_relu(ae: Any, x: Tensor, output_features: bool = False, ghost_mask: Tensor | None = None) -> Any:
     why = _why(ae, x)
     if why:
-        return fall_back(ae, "encode", why, x)
-    return ops.threshold_encode(*_linear_relu(ae, x))
+        return fall_back(ae, "forward", why, x, output_features, ghost_mask)
+    if output_features or ghost_mask is not None:
+        return type(ae).forward(ae, x, output_features, ghost_mask)
+    codes = thresholded(*_linear_relu(ae, x), 0.0, "relu")
+    if isinstance(codes, Tensor):
+        return type(ae).decode(ae, codes)
+    return ops.sparse_decode(codes.values, codes.indices, ae.decoder.weight.T, ae.bias)
 
 
 def _linear_jump(ae: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +157,22 @@ def _encode_jump(ae: Any, x: Tensor, output_pre_jump: bool = False) -> Any:
     return ops.threshold_encode(*_linear_jump(ae, x), ae.threshold.detach())  # a mask gives its threshold no gradient
 
 
+def _forward_jump(ae: Any, x: Tensor, output_features: bool = False) -> Any:
+    why = why_dense(ae, x, (), ae.W_enc) or why_other_dtype(x, ae.W_enc)
+    if why:
+        return fall_back(ae, "forward", why, x, output_features)
+    if output_features:
+        return type(ae).forward(ae, x, output_features)
+    codes = thresholded(*_linear_jump(ae, x), ae.threshold.detach(), "relu")
+    if isinstance(codes, Tensor):
+        return type(ae).decode(ae, codes)
+    return ops.sparse_decode(codes.values, codes.indices, ae.W_dec, ae.b_dec)
+
+
 # --- plans -----------------------------------------------------------------------------------------------------------
+
+
+_THRESHOLD = ("threshold_encode", "topk", "sparse_decode")
 
 
 def _plan(ae: Any, methods: dict, left: dict[str, str], cut: Cut, linear: Any, layers: tuple[str, ...]) -> Plan:
@@ -182,6 +214,7 @@ def _plan_batch(ae: Any) -> Plan:
     methods = {
         "encode": (_encode_batch, ("topk_encode", "threshold_encode")),
         "decode": (_decode, ("sparse_decode",)),
+        "forward": (_forward_batch, _THRESHOLD),
     }
     left = {"decode of codes above the threshold": DENSE_DECODER}
     plan = _plan(ae, methods, left, Cut(threshold=ae.threshold), _linear, LAYERS)
@@ -191,13 +224,12 @@ def _plan_batch(ae: Any) -> Plan:
 
 
 def _plan_relu(ae: Any) -> Plan:
-    methods = {"encode": (_encode_relu, ("threshold_encode",))}
-    left = {"decode": DENSE_DECODER, "ghost_mask": "the package's own, on dense pre-activations"}
-    return _plan(ae, methods, left, Cut(), _linear_relu, LAYERS)
+    left = {"encode": PRODUCT_IS_ALL, "decode": DENSE_DECODER, "ghost_mask": "on dense pre-activations"}
+    return _plan(ae, {"forward": (_forward_relu, _THRESHOLD)}, left, Cut(), _linear_relu, LAYERS)
 
 
 def _plan_jump(ae: Any) -> Plan:
-    methods = {"encode": (_encode_jump, ("threshold_encode",))}
+    methods = {"encode": (_encode_jump, ("threshold_encode",)), "forward": (_forward_jump, _THRESHOLD)}
     return _plan(ae, methods, {"decode": DENSE_DECODER}, Cut(threshold=ae.threshold.detach()), _linear_jump, ())
 
 

@@ -12,6 +12,7 @@ from .. import ops
 from ..errors import InputError
 from .methods import (
     DENSE_DECODER,
+    PRODUCT_IS_ALL,
     Check,
     Cut,
     Plan,
@@ -45,9 +46,9 @@ def _kind(ae: Any) -> str | None:
 
 def _why(ae: Any, x: Any) -> str | None:
     activation = ae.activation
-    if _kind(ae) is None:
+    if _kind(ae) != "topk":
         return f"the activation is {type(activation).__name__}"
-    if _kind(ae) == "topk" and type(activation.postact_fn) not in POSTS:
+    if type(activation.postact_fn) not in POSTS:
         return f"postact_fn is {type(activation.postact_fn).__name__}"
     weight = ae.encoder.weight
     return (
@@ -69,8 +70,6 @@ def _encode(ae: Any, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         return fall_back(ae, "encode", why, x)
     x, info = ae.preprocess(x)
     activation = ae.activation
-    if _kind(ae) == "relu":
-        return ops.threshold_encode(x - ae.pre_bias, ae.encoder.weight, ae.latent_bias), info
     values, indices = ops.topk_encode(
         *(x - ae.pre_bias, ae.encoder.weight, ae.latent_bias, activation.k),
         activation=POSTS[type(activation.postact_fn)],
@@ -110,8 +109,7 @@ def _plan(ae: Any) -> Plan:
         parts = {"activation": (_activation, ("topk",))}
         cut = Cut(ae.activation.k, relu=type(ae.activation.postact_fn) is nn.ReLU)
     elif _kind(ae) == "relu":
-        methods = {"encode": (_encode, ("threshold_encode",))}
-        left["decode"] = DENSE_DECODER
+        left = {"encode": PRODUCT_IS_ALL, "decode": DENSE_DECODER}
     else:
         left = {"all": f"the activation is {type(ae.activation).__name__}, neither TopK nor ReLU"}
     return Plan(

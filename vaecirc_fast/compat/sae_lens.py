@@ -12,6 +12,7 @@ from .. import ops
 from ..errors import InputError
 from .methods import (
     DENSE_DECODER,
+    PRODUCT_IS_ALL,
     Check,
     Cut,
     Plan,
@@ -24,6 +25,7 @@ from .methods import (
     remember,
     selected,
     setting,
+    thresholded,
     why_dense,
 )
 from .weights import Weights, flipped, read_config, read_safetensors, take, whole, write_config, write_safetensors
@@ -190,29 +192,62 @@ def _why_relu(sae: Any, x: Any) -> str | None:
     return _why(sae, x) or ("activation_fn has hooks" if hooked(sae.activation_fn) else None)
 
 
-def _encode_relu(sae: Any, x: Tensor) -> Tensor:
-    why = _why_relu(sae, x)
+def _jump_threshold(sae: Any) -> Tensor:
+    return sae.threshold.detach()  # a mask passes it no gradient
+
+
+def _decoded(sae: Any, codes: Tensor | Sparse, shape: torch.Size) -> Tensor:
+    sparse = isinstance(codes, Sparse)
+    return sae.hook_sae_output(_reconstructed(sae, codes, shape) if sparse else type(sae).decode(sae, codes))
+
+
+def _why_forward(sae: Any, x: Any) -> str | None:
+    return _why_relu(sae, x) or ("use_error_term is on" if sae.use_error_term else None)
+
+
+def _forward_relu(sae: Any, x: Tensor) -> Tensor:
+    why = _why_forward(sae, x)
     if why:
-        return fall_back(sae, "encode", why, x)
-    return ops.threshold_encode(*_linear(sae, x))
+        return fall_back(sae, "forward", why, x)
+    given, w, b = _linear(sae, x)
+    return _decoded(sae, thresholded(given, w, b, 0.0, "relu"), given.shape[:-1])
 
 
 def _encode_jump(sae: Any, x: Tensor) -> Tensor:
     why = _why_relu(sae, x)
     if why:
         return fall_back(sae, "encode", why, x)
-    # A mask passes no gradient to its threshold.
-    return ops.threshold_encode(*_linear(sae, x), sae.threshold.detach())
+    return ops.threshold_encode(*_linear(sae, x), _jump_threshold(sae))
+
+
+def _forward_jump(sae: Any, x: Tensor) -> Tensor:
+    why = _why_forward(sae, x)
+    if why:
+        return fall_back(sae, "forward", why, x)
+    given, w, b = _linear(sae, x)
+    return _decoded(sae, thresholded(given, w, b, _jump_threshold(sae), "relu"), given.shape[:-1])
+
+
+def _why_jump_training(sae: Any, x: Any) -> str | None:
+    on = sae.cfg.jumprelu_ste_to_input and torch.is_grad_enabled()
+    return _why(sae, x) or ("jumprelu_ste_to_input is on" if on else None)
 
 
 def _encode_jump_in_training(sae: Any, x: Tensor) -> Tensor:
-    why = _why(sae, x)
-    if not why and sae.cfg.jumprelu_ste_to_input and torch.is_grad_enabled():
-        why = "jumprelu_ste_to_input is on"
+    why = _why_jump_training(sae, x)
     if why:
         return fall_back(sae, "encode", why, x)
     given, w, b = _linear(sae, x)
     return ops.threshold_encode(given, w, b, sae.threshold.to(given.dtype), "jump", bandwidth=sae.bandwidth)
+
+
+def _forward_jump_in_training(sae: Any, x: Tensor) -> Tensor:
+    why = _why_jump_training(sae, x) or ("use_error_term is on" if sae.use_error_term else None)
+    if why:
+        return fall_back(sae, "forward", why, x)
+    given, w, b = _linear(sae, x)
+    codes = thresholded(given, w, b, sae.threshold.to(given.dtype), "jump", bandwidth=sae.bandwidth)
+    return _decoded(sae, codes, given.shape[:-1])
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
@@ -291,23 +326,29 @@ def _plan_batch(sae: Any) -> Plan:
     return _plan(sae, methods, left, Cut(int(k), batch=True))
 
 
+_THRESHOLD = ("threshold_encode", "topk", "sparse_decode")
+
+
 def _plan_relu(sae: Any) -> Plan:
-    methods = {"encode": (_encode_relu, ("threshold_encode",))}
-    return _plan(sae, methods, {"decode": DENSE_DECODER}, Cut())
+    left = {"encode": PRODUCT_IS_ALL, "decode": DENSE_DECODER}
+    return _plan(sae, {"forward": (_forward_relu, _THRESHOLD)}, left, Cut())
 
 
 def _plan_relu_training(sae: Any) -> Plan:
-    methods = {"encode": (_encode_relu, ("threshold_encode",))}
-    return _plan(sae, methods, {"decode": DENSE_DECODER, "training_forward_pass": _DENSE_TRAINING}, Cut())
+    left = {"encode": PRODUCT_IS_ALL, "decode": DENSE_DECODER, "training_forward_pass": _DENSE_TRAINING}
+    return _plan(sae, {"forward": (_forward_relu, _THRESHOLD)}, left, Cut())
 
 
 def _plan_jump(sae: Any) -> Plan:
-    methods = {"encode": (_encode_jump, ("threshold_encode",))}
+    methods = {"encode": (_encode_jump, ("threshold_encode",)), "forward": (_forward_jump, _THRESHOLD)}
     return _plan(sae, methods, {"decode": DENSE_DECODER}, Cut(threshold=sae.threshold.detach()))
 
 
 def _plan_jump_training(sae: Any) -> Plan:
-    methods = {"encode": (_encode_jump_in_training, ("threshold_encode",))}
+    methods = {
+        "encode": (_encode_jump_in_training, ("threshold_encode",)),
+        "forward": (_forward_jump_in_training, _THRESHOLD),
+    }
     left = {"decode": DENSE_DECODER, "training_forward_pass": _DENSE_TRAINING}
     return _plan(sae, methods, left, Cut(threshold=sae.threshold.detach(), relu=False))
 

@@ -42,8 +42,8 @@ def _linear(ae: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _why(ae: Any, x: Any) -> str | None:
-    weight = ae.encoder.weight
-    return plain_linear(ae, *LAYERS) or why_dense(ae, x, LAYERS, weight) or why_other_dtype(x, weight)
+    why = plain_linear(ae, *LAYERS) or why_dense(ae, x, LAYERS, ae.encoder.weight)
+    return why or why_other_dtype(x, ae.encoder.weight)
 
 
 def _reconstructed(ae: Any, sparse: Sparse, shape: torch.Size) -> Tensor:

@@ -50,10 +50,8 @@ def _why(ae: Any, x: Any) -> str | None:
         return f"the activation is {type(activation).__name__}"
     if type(activation.postact_fn) not in POSTS:
         return f"postact_fn is {type(activation.postact_fn).__name__}"
-    weight = ae.encoder.weight
-    return (
-        plain_linear(ae, "encoder") or why_dense(ae, x, ("encoder", "activation"), weight) or why_other_dtype(x, weight)
-    )
+    why = plain_linear(ae, "encoder") or why_dense(ae, x, ("encoder", "activation"), ae.encoder.weight)
+    return why or why_other_dtype(x, ae.encoder.weight)
 
 
 def _activation(activation: Any, x: Tensor) -> Tensor:
@@ -79,6 +77,9 @@ def _encode(ae: Any, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
 
 def _decode(ae: Any, latents: Tensor, info: dict[str, Any] | None = None) -> Tensor:
     sparse = recall(ae, latents)
+    tied = (type(ae.decoder).__module__, type(ae.decoder).__name__) == (WHERE, "TiedTranspose")
+    if not tied and plain_linear(ae, "decoder"):
+        sparse = None
     if sparse is None or hooked(ae.decoder) or torch.is_autocast_enabled(latents.device.type):
         return type(ae).decode(ae, latents, info)
     y = ops.sparse_decode(sparse.values, sparse.indices, ae.decoder.weight.T, ae.pre_bias)

@@ -387,9 +387,7 @@ def load(path: str | Path) -> Weights:
         )
     normalised = config.get("normalize_activations", "none")
     if normalised in ("constant_norm_rescale", "layer_norm"):
-        raise InputError(
-            f"{path}: normalize_activations {normalised!r} is made when the autoencoder runs; not supported"
-        )
+        raise InputError(f"{path}: normalize_activations {normalised!r} is done at run time, which is not supported")
     w_enc, b_enc, w_dec, b_dec = take(tensors, path, "W_enc", "b_enc", "W_dec", "b_dec")
     if config.get("rescale_acts_by_decoder_norm"):
         norm = w_dec.norm(dim=-1).clamp(min=1e-8)

@@ -329,7 +329,7 @@ def test_entries_with_offsets_as_dense_codes():
     kept = flat.topk(K * 6)
     expected = torch.zeros_like(flat).scatter(0, kept.indices, kept.values).view(acts.shape)
     csr = ops.topk_encode(x, w, None, K, scope="batch")
-    torch.testing.assert_close(methods.dense_csr(csr, x.shape[:-1], M), expected)
+    torch.testing.assert_close(methods.dense_csr(Sparse(*csr), x.shape[:-1], M), expected)
 
 
 # --- copies ----------------------------------------------------------------------------------------------------------

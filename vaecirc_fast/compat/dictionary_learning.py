@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..errors import InputError
 from .methods import (
     DENSE_DECODER,
+    OPS,
     PRODUCT_IS_ALL,
     Check,
     Cut,
@@ -47,7 +47,7 @@ def _why(ae: Any, x: Any) -> str | None:
 
 
 def _reconstructed(ae: Any, sparse: Sparse, shape: torch.Size) -> Tensor:
-    y = ops.sparse_decode(sparse.values, sparse.indices, ae.decoder.weight.T, ae.b_dec, offsets=sparse.offsets)
+    y = OPS.sparse_decode(sparse.values, sparse.indices, ae.decoder.weight.T, ae.b_dec, offsets=sparse.offsets)
     return y.view(*shape, y.shape[-1])
 
 
@@ -60,14 +60,14 @@ def _decode(ae: Any, x: Tensor) -> Tensor:
 
 def _above(ae: Any, x: Tensor) -> Tensor:
     """Activations above the one threshold that training has found; below 0 while it has found none."""
-    return ops.threshold_encode(*_linear(ae, x), ae.threshold.to(x.dtype))
+    return OPS.threshold_encode(*_linear(ae, x), ae.threshold.to(x.dtype))
 
 
 # --- TopK ------------------------------------------------------------------------------------------------------------
 
 
 def _topk(ae: Any, x: Tensor) -> Sparse:
-    return Sparse(*ops.topk_encode(*_linear(ae, x), int(ae.k)))
+    return Sparse(*OPS.topk_encode(*_linear(ae, x), int(ae.k)))
 
 
 def _encode_topk(ae: Any, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
@@ -107,8 +107,8 @@ def _encode_batch(ae: Any, x: Tensor, return_active: bool = False, use_threshold
     if use_threshold:
         codes = _above(ae, x)
     else:
-        csr = ops.topk_encode(*_linear(ae, x), int(ae.k), scope="batch")
-        codes = remember(ae, dense_csr(csr, x.shape[:-1], ae.dict_size), Sparse(*csr))
+        sparse = Sparse(*OPS.topk_encode(*_linear(ae, x), int(ae.k), scope="batch"))
+        codes = remember(ae, dense_csr(sparse, x.shape[:-1], ae.dict_size), sparse)
     if not return_active:
         return codes
     acts = torch.relu(ae.encoder(x - ae.b_dec))  # made twice: choosing from a flat sort is what costs
@@ -141,7 +141,7 @@ def _forward_relu(ae: Any, x: Tensor, output_features: bool = False, ghost_mask:
     codes = thresholded(*_linear_relu(ae, x), 0.0, "relu")
     if isinstance(codes, Tensor):
         return type(ae).decode(ae, codes)
-    return ops.sparse_decode(codes.values, codes.indices, ae.decoder.weight.T, ae.bias)
+    return OPS.sparse_decode(codes.values, codes.indices, ae.decoder.weight.T, ae.bias)
 
 
 def _linear_jump(ae: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,7 +154,7 @@ def _encode_jump(ae: Any, x: Tensor, output_pre_jump: bool = False) -> Any:
         why = "output_pre_jump asks for dense pre-activations"
     if why:
         return fall_back(ae, "encode", why, x, output_pre_jump)
-    return ops.threshold_encode(*_linear_jump(ae, x), ae.threshold.detach())  # a mask gives its threshold no gradient
+    return OPS.threshold_encode(*_linear_jump(ae, x), ae.threshold.detach())  # a mask gives its threshold no gradient
 
 
 def _forward_jump(ae: Any, x: Tensor, output_features: bool = False) -> Any:
@@ -166,7 +166,7 @@ def _forward_jump(ae: Any, x: Tensor, output_features: bool = False) -> Any:
     codes = thresholded(*_linear_jump(ae, x), ae.threshold.detach(), "relu")
     if isinstance(codes, Tensor):
         return type(ae).decode(ae, codes)
-    return ops.sparse_decode(codes.values, codes.indices, ae.W_dec, ae.b_dec)
+    return OPS.sparse_decode(codes.values, codes.indices, ae.W_dec, ae.b_dec)
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------

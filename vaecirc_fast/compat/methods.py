@@ -16,7 +16,6 @@ from torch.nn.modules import module as torch_module
 
 from .. import ops
 from ..ops.sparse_decode import accumulate, gather
-from ..ops.topk_encode import Csr
 
 FEW = 8  # a decoder is sparse where no row has more than 1 / FEW of the latents active
 DENSE_DECODER = "how many codes are active is not known beforehand, so the product stays dense"
@@ -75,6 +74,7 @@ def setting(module: nn.Module, **flags: bool) -> Iterator[None]:
         state.__dict__.update(before)
 
 
+OPS: Any = ops  # what they return depends on what is asked for, which types do not follow
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -126,8 +126,9 @@ def dense(values: Tensor, indices: Tensor, latents: int) -> Tensor:
     return torch.ops.vaecirc_fast.topk_backward(*rows, None, latents).view(*values.shape[:-1], latents)
 
 
-def dense_csr(sparse: Csr, shape: torch.Size, latents: int) -> Tensor:
+def dense_csr(sparse: Sparse, shape: torch.Size, latents: int) -> Tensor:
     """Entries with offsets as (*shape, latents). Differentiable."""
+    assert sparse.offsets is not None
     counts = sparse.offsets.diff().long()
     rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     flat = sparse.values.new_zeros(len(counts) * latents)
@@ -168,7 +169,7 @@ def recall(module: nn.Module, codes: Any) -> Sparse | None:
         if sparse.offsets is None:
             again = dense(sparse.values, sparse.indices, latents)
         else:
-            again = dense_csr(Csr(sparse.values, sparse.indices, sparse.offsets), codes.shape[:-1], latents)
+            again = dense_csr(sparse, codes.shape[:-1], latents)
         same = torch.equal(again.view(bits), codes.detach().view(bits))
     return sparse if same else None
 
@@ -176,7 +177,7 @@ def recall(module: nn.Module, codes: Any) -> Sparse | None:
 def thresholded(given: Tensor, w: Tensor, b: Tensor | None, threshold: float | Tensor, kind: str, **how: Any):
     """`threshold_encode` for a decoder that follows at once: the entries that are active, padded to the row with the
     most, if these are few; else the dense codes. On a GPU nobody waits to look."""
-    found = ops.threshold_encode(given, w, b, threshold, kind, counts=True, **how)
+    found = OPS.threshold_encode(given, w, b, threshold, kind, counts=True, **how)
     if given.device.type != "cpu" or torch.compiler.is_compiling() or found.l0.numel() == 0:
         return found.acts
     if kind == "jump":  # inactive codes near the threshold have a gradient; and below 0 some are active

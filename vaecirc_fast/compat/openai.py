@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..errors import InputError
 from .methods import (
     DENSE_DECODER,
+    OPS,
     PRODUCT_IS_ALL,
     Check,
     Cut,
@@ -57,7 +57,7 @@ def _why(ae: Any, x: Any) -> str | None:
 def _activation(activation: Any, x: Tensor) -> Tensor:
     if type(activation.postact_fn) not in POSTS:
         return type(activation).forward(activation, x)
-    values, indices = ops.topk(x, activation.k)
+    values, indices = OPS.topk(x, activation.k)
     values = activation.postact_fn(values)
     return remember(activation, dense(values, indices, x.shape[-1]), Sparse(values, indices))
 
@@ -68,7 +68,7 @@ def _encode(ae: Any, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         return fall_back(ae, "encode", why, x)
     x, info = ae.preprocess(x)
     activation = ae.activation
-    values, indices = ops.topk_encode(
+    values, indices = OPS.topk_encode(
         *(x - ae.pre_bias, ae.encoder.weight, ae.latent_bias, activation.k),
         activation=POSTS[type(activation.postact_fn)],
     )
@@ -82,7 +82,7 @@ def _decode(ae: Any, latents: Tensor, info: dict[str, Any] | None = None) -> Ten
         sparse = None
     if sparse is None or hooked(ae.decoder) or torch.is_autocast_enabled(latents.device.type):
         return type(ae).decode(ae, latents, info)
-    y = ops.sparse_decode(sparse.values, sparse.indices, ae.decoder.weight.T, ae.pre_bias)
+    y = OPS.sparse_decode(sparse.values, sparse.indices, ae.decoder.weight.T, ae.pre_bias)
     if ae.normalize:
         assert info is not None
         y = y * info["std"] + info["mu"]

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..errors import InputError
 from .methods import (
     DENSE_DECODER,
+    OPS,
     PRODUCT_IS_ALL,
     Check,
     Cut,
@@ -63,7 +63,7 @@ def _reconstructed(sae: Any, sparse: Sparse, shape: torch.Size) -> Tensor:
     values = sparse.values
     if _rescales(sae):
         values = values * (1 / sae.W_dec.norm(dim=-1)).index_select(0, sparse.indices.flatten()).view_as(values)
-    y = ops.sparse_decode(values, sparse.indices, sae.W_dec, sae.b_dec, offsets=sparse.offsets)
+    y = OPS.sparse_decode(values, sparse.indices, sae.W_dec, sae.b_dec, offsets=sparse.offsets)
     y = sae.run_time_activation_norm_fn_out(sae.hook_sae_recons(y.view(*shape, y.shape[-1])))
     return sae.reshape_fn_out(y, sae.d_head)
 
@@ -92,14 +92,14 @@ def _why_topk(sae: Any, x: Any) -> str | None:
 
 def _topk(sae: Any, x: Tensor) -> tuple[Sparse, torch.Size]:
     given, w, b = _linear(sae, x)
-    return Sparse(*ops.topk_encode(given, w, b, sae.activation_fn.k)), given.shape[:-1]
+    return Sparse(*OPS.topk_encode(given, w, b, sae.activation_fn.k)), given.shape[:-1]
 
 
 def _activation(activation: Any, x: Tensor) -> Tensor:
     """`TopK.forward`, which also runs where hooks want the dense pre-activations."""
     if activation.use_sparse_activations:
         return type(activation).forward(activation, x)
-    values, indices = ops.topk(x, activation.k)
+    values, indices = OPS.topk(x, activation.k)
     values = values.relu()
     return remember(activation, dense(values, indices, x.shape[-1]), Sparse(values, indices))
 
@@ -149,7 +149,7 @@ def _why_batch(sae: Any, x: Any) -> str | None:
 
 
 def _batch(sae: Any, given: Tensor, w: Tensor, b: Tensor) -> Sparse:
-    return Sparse(*ops.topk_encode(given, w, b, int(sae.activation_fn.k), scope="batch"))
+    return Sparse(*OPS.topk_encode(given, w, b, int(sae.activation_fn.k), scope="batch"))
 
 
 def _dense_batch(sae: Any, sparse: Sparse, shape: torch.Size) -> Tensor:
@@ -217,7 +217,7 @@ def _encode_jump(sae: Any, x: Tensor) -> Tensor:
     why = _why_relu(sae, x)
     if why:
         return fall_back(sae, "encode", why, x)
-    return ops.threshold_encode(*_linear(sae, x), _jump_threshold(sae))
+    return OPS.threshold_encode(*_linear(sae, x), _jump_threshold(sae))
 
 
 def _forward_jump(sae: Any, x: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def _encode_jump_in_training(sae: Any, x: Tensor) -> Tensor:
     if why:
         return fall_back(sae, "encode", why, x)
     given, w, b = _linear(sae, x)
-    return ops.threshold_encode(given, w, b, sae.threshold.to(given.dtype), "jump", bandwidth=sae.bandwidth)
+    return OPS.threshold_encode(given, w, b, sae.threshold.to(given.dtype), "jump", bandwidth=sae.bandwidth)
 
 
 def _forward_jump_in_training(sae: Any, x: Tensor) -> Tensor:
@@ -299,7 +299,9 @@ def _plan_topk_training(sae: Any) -> Plan:
     cut = Cut(sae.activation_fn.k)
     if sae.activation_fn.use_sparse_activations:
         why = "use_sparse_activations makes encode return a sparse COO tensor"
-        left = dict.fromkeys(("encode", "encode_with_hidden_pre", "decode", "training_forward_pass"), why)
+        left: dict[str, str] = dict.fromkeys(
+            ("encode", "encode_with_hidden_pre", "decode", "training_forward_pass"), why
+        )
         return _plan(sae, methods, left, cut)
     methods |= {
         "encode": (_encode_topk, ("topk_encode",)),

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..errors import InputError
 from .methods import (
+    OPS,
     Check,
     Cut,
     Plan,
@@ -62,7 +62,7 @@ def _encode(coder: Any, x: Tensor) -> Any:
         return fall_back(coder, "encode", why, x)
     given, w, b = _cast(*_linear(coder, x))
     if state_of(coder).sparse_only:
-        values, indices = ops.topk_encode(given, w, b, coder.cfg.k)
+        values, indices = OPS.topk_encode(given, w, b, coder.cfg.k)
         acts = values.new_empty(0)  # forward does not look at it
     else:
         acts = torch.relu(torch.nn.functional.linear(given, w, b))
@@ -78,7 +78,7 @@ def _output(coder: Any) -> Any:
 def _decode(coder: Any, top_acts: Tensor, top_indices: Tensor) -> Tensor:
     if coder.W_dec is None:
         return type(coder).decode(coder, top_acts, top_indices)
-    return ops.sparse_decode(top_acts.to(coder.W_dec.dtype), top_indices, coder.W_dec, coder.b_dec)
+    return OPS.sparse_decode(top_acts.to(coder.W_dec.dtype), top_indices, coder.W_dec, coder.b_dec)
 
 
 def _forward(
@@ -91,11 +91,11 @@ def _forward(
 ) -> Any:
     """The package's own forward, which looks at dense pre-activations for two losses only; one of these, AuxK, is here
     without them."""
-    aux = dead_mask is not None and bool(dead_mask.any())
     rest = {"dead_mask": dead_mask, "total_variance": total_variance}
-    if aux and not coder.cfg.multi_topk and coder.W_dec is not None and x.device.type == "cpu" and not _why(coder, x):
-        if not torch.is_autocast_enabled("cpu"):
-            return _forward_with_aux(coder, x, x if y is None else y, **rest)
+    aux = dead_mask is not None and bool(dead_mask.any())
+    plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and coder.W_dec is not None
+    if dead_mask is not None and aux and plain and not coder.cfg.multi_topk and not _why(coder, x):
+        return _forward_with_aux(coder, x, x if y is None else y, dead_mask, total_variance)
     with setting(coder, sparse_only=not (aux or coder.cfg.multi_topk)):
         return type(coder).forward(coder, x, y, **rest)
 
@@ -104,13 +104,13 @@ def _forward_with_aux(coder: Any, x: Tensor, y: Tensor, dead_mask: Tensor, total
     """AuxK of Gao et al. 2024 (arXiv 2406.04093, appendix A.2) as the package scales it."""
     dead = int(dead_mask.sum())
     wanted = y.shape[-1] // 2
-    codes = ops.topk_encode(*_linear(coder, x), coder.cfg.k, dead=dead_mask.bool(), k_aux=min(wanted, dead))
+    codes = OPS.topk_encode(*_linear(coder, x), coder.cfg.k, dead=dead_mask.bool(), k_aux=min(wanted, dead))
     out = coder.decode(codes.values, codes.indices)
     if coder.W_skip is not None:
         out = out + x @ coder.W_skip.mT
     residual = y - out
     total = (y - y.mean(0)).pow(2).sum() if total_variance is None else total_variance
-    missed = ops.sparse_decode(codes.aux_values, codes.aux_indices, coder.W_dec) - residual.detach()
+    missed = OPS.sparse_decode(codes.aux_values, codes.aux_indices, coder.W_dec) - residual.detach()
     auxk_loss = min(dead / wanted, 1.0) * missed.pow(2).sum() / total
     fvu = residual.pow(2).sum() / total
     output = sys.modules["sparsify.sparse_coder"].ForwardOutput

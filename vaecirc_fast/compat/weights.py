@@ -112,7 +112,11 @@ def flipped(matrix: Tensor) -> Tensor:
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = safetensors.torch.save(stored)
-    write_with(path, lambda temporary: temporary.write_bytes(content) and None)
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    write_with(path, write)
 
 
 def write_pickled(path: Path, state: dict[str, Any]) -> None:

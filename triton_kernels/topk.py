@@ -20,12 +20,15 @@ BITS = {4: torch.int32, 2: torch.int16}
 
 
 @triton.jit
-def load_key(pointer, inside, MASK: tl.constexpr, INFINITE: tl.constexpr):
+def load_key(pointer, inside, MASK: tl.constexpr, INFINITE: tl.constexpr, RELU: tl.constexpr = False):
     """The keys of floats of which `pointer` gives the bits; what is outside is below all numbers."""
     bits = tl.load(pointer, mask=inside, other=0).to(tl.int32)
     magnitude = bits & MASK
     key = tl.where(bits < 0, -magnitude, magnitude)
-    return tl.where(inside, tl.where(magnitude > INFINITE, MASK, key), -MASK - 1)
+    key = tl.where(magnitude > INFINITE, MASK, key)
+    if RELU:
+        key = tl.maximum(key, 0)
+    return tl.where(inside, key, -MASK - 1)
 
 
 @triton.jit
@@ -67,9 +70,135 @@ def pad(values, indices, row, inside, k, k_max):
     for start in range(k, k_max, 64):
         place = start + tl.arange(0, 64)[None, :]
         there = inside & (place < k_max)
-        zero = tl.zeros(there.shape, tl.int32)
-        tl.store(values + row * k_max + place, zero.to(values.dtype.element_ty), mask=there)
-        tl.store(indices + row * k_max + place, zero, mask=there)
+        tl.store(values + row * k_max + place, tl.zeros(there.shape, values.dtype.element_ty), mask=there)
+        tl.store(indices + row * k_max + place, tl.zeros(there.shape, tl.int32), mask=there)
+
+
+@triton.jit
+def _columns(place, end, M, groups, among, GROUP: tl.constexpr):
+    """The columns of places in a row, and whether they are to be seen: of all, or of listed groups; of some, or all."""
+    column = place
+    if groups is not None:
+        column = tl.load(groups + place // GROUP, mask=place < end, other=0) * GROUP + place % GROUP
+    inside = (place < end) & (column < M)
+    if among is not None:
+        inside = inside & (tl.load(among + column, mask=inside, other=0) != 0)
+    return column, inside
+
+
+@triton.jit
+def _put(
+    values, indices, fired, at, column, place, chosen, MASK: tl.constexpr, INFINITE: tl.constexpr, RELU: tl.constexpr
+):
+    bits = tl.load(at + column, mask=chosen, other=0)
+    key = load_key(at + column, chosen, MASK, INFINITE, RELU)
+    if RELU:
+        bits = tl.where(key == 0, 0, bits)
+    if values.dtype.element_ty.is_floating():
+        bits = bits.to(tl.float32, bitcast=True).to(values.dtype.element_ty)
+    tl.store(values + place, bits, mask=chosen)
+    tl.store(indices + place, column, mask=chosen)
+    if fired is not None:
+        tl.atomic_add(fired + column, 1, mask=chosen & (key > 0) & (key < MASK), sem="relaxed")
+
+
+@triton.jit
+def select_row(
+    at,  # (M) bits
+    M,
+    k,
+    values,  # (k) bits, or floats to which float32 is rounded
+    indices,  # (k)
+    fired,  # (M) counts of chosen positive numbers, or None
+    among,  # (M) not 0 for those which may be chosen, or None: all
+    maxima,  # keys of the maxima of groups of GROUP columns, or None: they are found here
+    groups,  # (groups) memory for a list of them, or None
+    survivors,  # (TILE) memory for a list of columns
+    MASK: tl.constexpr,
+    INFINITE: tl.constexpr,
+    RELU: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The k largest of one long row, which is read twice, if many numbers are not equal."""
+    lane = tl.arange(0, TILE)[None, :]
+    # The k largest of the maxima of some groups are k entries of the row: the k-th bounds that of the row.
+    largest = tl.full([1, TILE], -MASK - 1, tl.int32)
+    if maxima is None:
+        for start in range(0, M, TILE):
+            column, inside = _columns(start + lane, M, M, None, among, GROUP)
+            largest = tl.maximum(largest, load_key(at + column, inside, MASK, INFINITE, RELU))
+        bound = tl.max(kth_largest(largest, k, MASK))
+        end = M
+    else:
+        n_groups = tl.cdiv(M, GROUP)
+        for start in range(0, n_groups, TILE):
+            key = tl.load(maxima + start + lane, mask=start + lane < n_groups, other=-MASK - 1)
+            largest = tl.maximum(largest, key)
+        bound = tl.max(kth_largest(largest, k, MASK))
+        listed = 0
+        for start in range(0, n_groups, TILE):
+            key = tl.load(maxima + start + lane, mask=start + lane < n_groups, other=-MASK - 1)
+            kept = ((key >= bound) & (start + lane < n_groups)).to(tl.int32)
+            tl.store(groups + listed + tl.cumsum(kept, 1) - 1, start + lane, mask=kept != 0)
+            listed += tl.sum(kept)
+        tl.debug_barrier()
+        end = listed * GROUP
+    # Where groups are not in league with the values, few entries reach the bound.
+    n_survivors = 0
+    n_above = 0
+    for start in range(0, end, TILE):
+        column, inside = _columns(start + lane, end, M, groups, among, GROUP)
+        keys = load_key(at + column, inside, MASK, INFINITE, RELU)
+        kept = ((keys >= bound) & inside).to(tl.int32)
+        size = tl.sum(kept)
+        if size > 0:
+            place = n_survivors + tl.cumsum(kept, 1) - 1
+            tl.store(survivors + place, column, mask=(kept != 0) & (place < TILE))
+            n_above += tl.sum((keys > bound).to(tl.int32))
+            n_survivors += size
+    tl.debug_barrier()
+    if n_survivors <= TILE:
+        there = lane < n_survivors
+        column = tl.load(survivors + lane, mask=there, other=0)
+        keys = load_key(at + column, there, MASK, INFINITE, RELU)
+        chosen, place = first_k(keys, kth_largest(keys, k, MASK), k)
+        _put(values, indices, fired, at, column, place, chosen & there, MASK, INFINITE, RELU)
+    else:
+        # Ties by the mass, or values in league: the bound itself is the k-th largest, or the k-th is above it.
+        t = bound
+        if n_above >= k:
+            t += 1
+            high = tl.max(largest)
+            while t < high:
+                middle = (t | high) - ((t ^ high) >> 1)  # rounded up, without overflow
+                count = tl.zeros([1, TILE], tl.int32)
+                for start in range(0, end, TILE):
+                    column, inside = _columns(start + lane, end, M, groups, among, GROUP)
+                    count += (load_key(at + column, inside, MASK, INFINITE, RELU) >= middle).to(tl.int32)
+                enough = tl.sum(count) >= k
+                t = tl.where(enough, middle, t)
+                high = tl.where(enough, high, middle - 1)
+            count = tl.zeros([1, TILE], tl.int32)
+            for start in range(0, end, TILE):
+                column, inside = _columns(start + lane, end, M, groups, among, GROUP)
+                count += (load_key(at + column, inside, MASK, INFINITE, RELU) > t).to(tl.int32)
+            n_above = tl.sum(count)
+        done = 0
+        n_equal = 0
+        for start in range(0, end, TILE):
+            column, inside = _columns(start + lane, end, M, groups, among, GROUP)
+            keys = load_key(at + column, inside, MASK, INFINITE, RELU)
+            above = (keys > t).to(tl.int32)
+            equal = ((keys == t) & inside).to(tl.int32)
+            if tl.sum(above + equal) > 0:
+                rank = n_equal + tl.cumsum(equal, 1)
+                chosen = above | (equal & (rank <= k - n_above).to(tl.int32))
+                place = done + tl.cumsum(chosen, 1) - 1
+                _put(values, indices, fired, at, column, place, chosen != 0, MASK, INFINITE, RELU)
+                done += tl.sum(chosen)
+                n_equal += tl.sum(equal)
+    tl.debug_barrier()  # the next row writes into the same lists
 
 
 @triton.jit(do_not_specialize=["k_max"])
@@ -118,80 +247,13 @@ def _stream_kernel(
 ):
     M = units * UNIT
     survivors += tl.program_id(0).to(tl.int64) * TILE
-    lane = tl.arange(0, TILE)[None, :]
     k = load_k(k_pointer, k_max, M)
     for row in range(tl.program_id(0), B, tl.num_programs(0)):
-        at = a + tl.cast(row, tl.int64) * M
-        out = tl.cast(row, tl.int64) * k_max
-        # The k largest of the maxima of TILE groups are k entries of the row: the k-th bounds that of the row.
-        largest = tl.full([1, TILE], -MASK - 1, tl.int32)
-        for start in range(0, M, TILE):
-            column = start + lane
-            largest = tl.maximum(largest, load_key(at + column, column < M, MASK, INFINITE))
-        bound = kth_largest(largest, k, MASK)
-        # Where groups are not in league with the values, few entries reach the bound.
-        n_survivors = 0
-        n_above = 0
-        for start in range(0, M, TILE):
-            column = start + lane
-            keys = load_key(at + column, column < M, MASK, INFINITE)
-            kept = ((keys >= bound[:, None]) & (column < M)).to(tl.int32)
-            size = tl.sum(kept)
-            if size > 0:
-                place = n_survivors + tl.cumsum(kept, 1) - 1
-                tl.store(survivors + place, column, mask=(kept != 0) & (place < TILE))
-                n_above += tl.sum((keys > bound[:, None]).to(tl.int32))
-                n_survivors += size
-        tl.debug_barrier()
-        if n_survivors <= TILE:
-            there = lane < n_survivors
-            column = tl.load(survivors + lane, mask=there, other=0)
-            keys = load_key(at + column, there, MASK, INFINITE)
-            chosen, place = first_k(keys, kth_largest(keys, k, MASK), k)
-            chosen = chosen & there
-            tl.store(values + out + place, tl.load(at + column, mask=chosen, other=0), mask=chosen)
-            tl.store(indices + out + place, column, mask=chosen)
-        else:
-            # Ties by the mass, or values in league: the bound itself is the k-th largest, or the k-th is above it.
-            t = tl.max(bound)
-            if n_above >= k:
-                t += 1
-                high = tl.max(largest)
-                while t < high:
-                    middle = (t | high) - ((t ^ high) >> 1)  # rounded up, without overflow
-                    count = tl.zeros([1, TILE], tl.int32)
-                    for start in range(0, M, TILE):
-                        column = start + lane
-                        keys = load_key(at + column, column < M, MASK, INFINITE)
-                        count += (keys >= middle).to(tl.int32)
-                    enough = tl.sum(count) >= k
-                    t = tl.where(enough, middle, t)
-                    high = tl.where(enough, high, middle - 1)
-                count = tl.zeros([1, TILE], tl.int32)
-                for start in range(0, M, TILE):
-                    column = start + lane
-                    count += (load_key(at + column, column < M, MASK, INFINITE) > t).to(tl.int32)
-                n_above = tl.sum(count)
-            done = 0
-            n_equal = 0
-            for start in range(0, M, TILE):
-                column = start + lane
-                keys = load_key(at + column, column < M, MASK, INFINITE)
-                above = (keys > t).to(tl.int32)
-                equal = ((keys == t) & (column < M)).to(tl.int32)
-                size = tl.sum(above + equal)
-                if size > 0:
-                    rank = n_equal + tl.cumsum(equal, 1)
-                    chosen = above | (equal & (rank <= k - n_above).to(tl.int32))
-                    place = done + tl.cumsum(chosen, 1) - 1
-                    keep = chosen != 0
-                    tl.store(values + out + place, tl.load(at + column, mask=keep, other=0), mask=keep)
-                    tl.store(indices + out + place, column, mask=keep)
-                    done += tl.sum(chosen)
-                    n_equal += tl.sum(equal)
-        there = tl.full([1, 1], 1, tl.int1)
-        pad(values + out, indices + out, tl.zeros([1, 1], tl.int32), there, k, k_max)
-        tl.debug_barrier()  # the next row writes into the same list
+        row = tl.cast(row, tl.int64)
+        v, i = values + row * k_max, indices + row * k_max
+        select_row(a + row * M, M, k, v, i, None, None, None, None, survivors, MASK, INFINITE, False, 1, TILE)
+        zero = tl.zeros([1, 1], tl.int32)
+        pad(v, i, zero, zero == 0, k, k_max)
 
 
 @triton.jit(do_not_specialize=["k_max"])

@@ -246,6 +246,107 @@ def _select_kernel(
         pad(v, i, zero, zero == 0, k, k_max)
 
 
+@triton.jit(do_not_specialize=["shift", "seen"])
+def _histogram_kernel(
+    a,  # (N) bits
+    state,  # (2 + 256): the bits found of the threshold, how many are wanted below it, counts of the next digit
+    N,
+    segment,  # of a program
+    shift,
+    seen,  # the bits that are found
+    MASK: tl.constexpr,
+    INFINITE: tl.constexpr,
+    RELU: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * segment
+    t = tl.load(state)
+    n = tl.zeros([256], tl.int32)
+    for start in range(0, segment, TILE):
+        place = first + start + tl.arange(0, TILE)
+        ordered = load_key(a + place, place < N, MASK, INFINITE, RELU) ^ -0x80000000
+        n += tl.histogram((ordered >> shift) & 255, 256, mask=(place < N) & (((ordered ^ t) & seen) == 0))
+    tl.atomic_add(state + 2 + tl.arange(0, 256), n, mask=n > 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["wanted", "shift"])
+def _digit_kernel(state, wanted, shift):
+    """Finds the next digit of the threshold: the largest from which on as many are left as wanted."""
+    digits = tl.arange(0, 256)
+    n = tl.load(state + 2 + digits)
+    need = tl.load(state + 1)
+    need = tl.where(shift == 24, wanted, need)
+    left = tl.sum(n) - tl.cumsum(n) + n
+    digit = tl.sum((left >= need).to(tl.int32)) - 1
+    tl.store(state, tl.load(state) | (digit << shift))
+    tl.store(state + 1, need - tl.sum(tl.where(digits > digit, n, 0)))
+    tl.store(state + 2 + digits, tl.zeros([256], tl.int32))
+
+
+@triton.jit
+def _count_kernel(
+    a,  # (N) bits
+    state,
+    counts,  # (programs, 2): above the threshold, equal to it
+    N,
+    segment,
+    MASK: tl.constexpr,
+    INFINITE: tl.constexpr,
+    RELU: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * segment
+    t = tl.load(state) ^ -0x80000000
+    above = tl.zeros([TILE], tl.int32)
+    equal = tl.zeros([TILE], tl.int32)
+    for start in range(0, segment, TILE):
+        place = first + start + tl.arange(0, TILE)
+        key = load_key(a + place, place < N, MASK, INFINITE, RELU)
+        above += (key > t).to(tl.int32)
+        equal += ((key == t) & (place < N)).to(tl.int32)
+    tl.store(counts + 2 * tl.program_id(0), tl.sum(above))
+    tl.store(counts + 2 * tl.program_id(0) + 1, tl.sum(equal))
+
+
+@triton.jit
+def _compress_kernel(
+    a,  # (N) bits
+    index,  # (N), or None: base + place
+    base,
+    state,
+    before,  # (programs, 2): how many are above and equal in the segments before
+    numbers,
+    indices,
+    N,
+    segment,
+    MASK: tl.constexpr,
+    INFINITE: tl.constexpr,
+    RELU: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * segment
+    t = tl.load(state) ^ -0x80000000
+    need = tl.load(state + 1)
+    n_above = tl.load(before + 2 * tl.program_id(0))
+    n_equal = tl.load(before + 2 * tl.program_id(0) + 1)
+    for start in range(0, segment, TILE):
+        place = first + start + tl.arange(0, TILE)
+        key = load_key(a + place, place < N, MASK, INFINITE, RELU)
+        above = (key > t).to(tl.int32)
+        equal = ((key == t) & (place < N)).to(tl.int32)
+        both = tl.cumsum(above + (equal << 16))
+        rank = n_equal + (both >> 16)
+        chosen = (above | (equal & (rank <= need).to(tl.int32))) != 0
+        out = n_above + (both & 0xFFFF) + tl.minimum(rank, need) - 1
+        tl.store(numbers + out, _number(key), mask=chosen)
+        if index is None:
+            tl.store(indices + out, base + place, mask=chosen)
+        else:
+            tl.store(indices + out, tl.load(index + place, mask=chosen, other=0), mask=chosen)
+        n_above += tl.sum(above)
+        n_equal += tl.sum(equal)
+
+
 def _precision() -> str:
     """Of float32 products, as torch is set."""
     matmul = torch.backends.cuda.matmul
@@ -370,6 +471,64 @@ def forward(x, w_enc, b_enc, k, k_max, activation, count, dead, k_aux):
     return values, indices, fired, aux_values, aux_indices
 
 
+def _select_flat(sources, n, relu):
+    """The n largest numbers of all sources, in their order, and their indices: both (n,).
+
+    A source is numbers (N,) with indices (N,), or with the index of the first and the others following.
+    """
+    device = sources[0][0].device
+    sizes = [len(numbers) for numbers, _ in sources]
+    segments = [TILE * triton.cdiv(size, TILE * PROGRAMS) for size in sizes]
+    programs = [triton.cdiv(size, segment) for size, segment in zip(sizes, segments, strict=True)]
+    bits = [numbers.view(torch.int32) for numbers, _ in sources]
+    launches = list(zip(bits, sizes, segments, programs, strict=True))
+    constants = {**FLOAT32, "RELU": relu, "TILE": TILE}
+    state = torch.zeros(2 + 256, dtype=torch.int32, device=device)
+    if n < sum(sizes):  # else the threshold is below all
+        for shift in (24, 16, 8, 0):
+            seen = 0 if shift == 24 else -(1 << shift + 8)
+            for a, size, segment, grid in launches:
+                _histogram_kernel[(grid,)](a, state, size, segment, shift, seen, **constants)
+            _digit_kernel[(1,)](state, n, shift)
+    counts = torch.empty(sum(programs), 2, dtype=torch.int32, device=device)
+    start = 0
+    for a, size, segment, grid in launches:
+        _count_kernel[(grid,)](a, state, counts.narrow(0, start, grid), size, segment, **constants)
+        start += grid
+    before = counts.cumsum(0, dtype=torch.int32) - counts
+    out = torch.empty(n, device=device)
+    out_indices = torch.empty(n, dtype=torch.int64, device=device)
+    start = 0
+    for (a, size, segment, grid), (_, index) in zip(launches, sources, strict=True):
+        index, base = (index, 0) if isinstance(index, torch.Tensor) else (None, index)
+        part = before.narrow(0, start, grid)
+        _compress_kernel[(grid,)](a, index, base, state, part, out, out_indices, size, segment, **constants)
+        start += grid
+    return out, out_indices
+
+
+def batch(x, w_enc, b_enc, k, activation):
+    """The k B largest of all rows -> values, indices (k B,), offsets (B + 1,); a part of the rows at a time."""
+    B, D = x.shape
+    M = len(w_enc)
+    n = k * B
+    numbers = torch.empty(0, device=x.device)
+    places = torch.empty(0, dtype=torch.int64, device=x.device)
+    size = _rows_at_once(M)
+    memory = torch.empty(min(B, size), M, device=x.device)
+    for start in range(0, B if n else 0, size):
+        rows = min(size, B - start)
+        a = memory.narrow(0, 0, rows)
+        _activations(x.narrow(0, start, rows), w_enc, b_enc, activation == 0, a)
+        sources = [(a.flatten(), start * M)]
+        if start:  # the largest so far, which come first
+            sources.insert(0, (numbers, places))
+        numbers, places = _select_flat(sources, min(n, (start + rows) * M), activation == 0)
+    rows = torch.arange(B + 1, device=x.device)
+    offsets = torch.searchsorted(places // M, rows, out_int32=True)
+    return numbers.to(x.dtype), (places % M).to(torch.int32), offsets
+
+
 def _on_gpu(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="cuda")
 
@@ -406,15 +565,22 @@ GATE = {
     "4096 latents, float32": (lambda: _encode(512, 64, 4096, 50, torch.float32), ("LDG.E.128", "SHFL")),
     "24576 latents, bfloat16": (
         lambda: _activations(*_of(512, 768, 24576, _BF16), True, _on_gpu(512, 24576)),
-        ("80:HMMA", "90:HGMMA"),
+        ("80:HMMA", "90:HGMMA", "100:UTCHMMA"),
     ),
     "24576 latents, transposed, few rows, float16": (
         lambda: _activations(*_of(40, 768, 24576, torch.float16, True), False, _on_gpu(40, 24576)),
-        ("80:HMMA", "90:HGMMA"),
+        ("80:HMMA", "90:HGMMA", "100:UTCHMMA"),
     ),
     "24576 latents, all asked for, k on the device, bfloat16": (
         lambda: _encode(512, 768, 24576, 32, _BF16, k_tensor=_k(), k_aux=512),
         ("BAR.SYNC",),
     ),
     "131072 latents, float32": (lambda: _encode(128, 4096, 131072, 64, torch.float32), ("LDG.E.128",)),
+    "all rows": (lambda: _select_flat([(_on_gpu(1 << 24), 0)], 1 << 18, True), ()),
+    "all rows, second part": (
+        lambda: _select_flat(
+            [(_on_gpu(1 << 18), _on_gpu(1 << 18, dtype=torch.int64)), (_on_gpu(1000000), 1 << 24)], 1 << 18, False
+        ),
+        (),
+    ),
 }

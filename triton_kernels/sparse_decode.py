@@ -154,8 +154,13 @@ def _entries(values_or_indices, offsets):
     return offsets.numel() - 1, 1
 
 
+def _packed(tensor):
+    return None if tensor is None else tensor.contiguous()
+
+
 def forward(values, indices, w_dec, b_dec, offsets, target):
     """values, indices (B, K), or (N,) with offsets (B + 1,) -> y (B, D) and, with a target, squared errors (B,)."""
+    values, indices, w_dec, b_dec, offsets, target = map(_packed, (values, indices, w_dec, b_dec, offsets, target))
     B, K = _entries(values, offsets)
     M, D = w_dec.shape
     y = torch.empty(B, D, dtype=values.dtype, device=w_dec.device)
@@ -171,6 +176,7 @@ def forward(values, indices, w_dec, b_dec, offsets, target):
 
 def grad_values(indices, w, g, offsets):
     """w[indices] . g[row], of the shape of indices and the dtype of g; 0 where an index is out of range."""
+    indices, w, g, offsets = map(_packed, (indices, w, g, offsets))
     B, K = _entries(indices, offsets)
     M, D = w.shape
     out = torch.empty(indices.shape, dtype=g.dtype, device=w.device)
@@ -181,6 +187,7 @@ def grad_values(indices, w, g, offsets):
 
 def accumulate(values, indices, g, M, offsets):
     """Sums over the entries of each latent, in row order: value * g[row] (M, D), and value (M,)."""
+    values, indices, g, offsets = map(_packed, (values, indices, g, offsets))
     B, K = _entries(values, offsets)
     D = g.shape[1]
     out = torch.empty(M, D, dtype=values.dtype, device=g.device)

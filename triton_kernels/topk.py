@@ -291,7 +291,8 @@ def rows_per_program(tensor: torch.Tensor, block: int, elements: int) -> int:
 
 
 def forward(a, k, k_max, sorted):
-    """a (B, M) contiguous -> values (B, k_max), indices (B, k_max) int32; k None, or a tensor of one integer."""
+    """a (B, M) -> values (B, k_max), indices (B, k_max) int32; k None, or a tensor of one integer."""
+    a = a.contiguous()
     B, M = a.shape
     bits = a.view(BITS[a.element_size()])
     values = torch.empty(B, k_max, dtype=bits.dtype, device=a.device)

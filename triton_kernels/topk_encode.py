@@ -49,7 +49,7 @@ def _number(key):
 
 
 @triton.jit
-def _tile(
+def linear_tile(
     x,
     w,
     b,
@@ -130,7 +130,7 @@ def _rows_kernel(
 ):
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     m = tl.arange(0, BLOCK_M)
-    total = _tile(x, w, b, row, m, B, M, D, w_m, w_d, UPCAST, PRECISION, BLOCK_B, BLOCK_M, BLOCK_D)
+    total = linear_tile(x, w, b, row, m, B, M, D, w_m, w_d, UPCAST, PRECISION, BLOCK_B, BLOCK_M, BLOCK_D)
     keys = tl.where((m < M)[None, :], _key(total, MASK, INFINITE, RELU), -MASK - 1)
     chosen = _select_tile(keys, row, m, load_k(k_pointer, k_max, M), k_max, values, indices, B, MASK)
     if fired is not None:
@@ -168,7 +168,7 @@ def _activations_kernel(
     row = tl.program_id(0) % blocks * BLOCK_B + tl.arange(0, BLOCK_B)
     block_m = tl.program_id(0) // blocks
     m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    total = _tile(x, w, b, row, m, B, M, D, w_m, w_d, UPCAST, "ieee", BLOCK_B, BLOCK_M, BLOCK_D)
+    total = linear_tile(x, w, b, row, m, B, M, D, w_m, w_d, UPCAST, "ieee", BLOCK_B, BLOCK_M, BLOCK_D)
     at = row.to(tl.int64)[:, None]
     tl.store(out + at * M + m[None, :], total, mask=(row < B)[:, None] & (m < M)[None, :])
     keys = tl.where((m < M)[None, :], _key(total, MASK, INFINITE, RELU), -MASK - 1)
@@ -440,7 +440,8 @@ def _rows_at_once(M):
 
 
 def forward(x, w_enc, b_enc, k, k_max, activation, count, dead, k_aux):
-    """x (B, D) contiguous, w_enc (M, D) of any strides; see the reference."""
+    """x (B, D), w_enc (M, D) of any strides; see the reference."""
+    x, b_enc = x.contiguous(), None if b_enc is None else b_enc.contiguous()
     B, D = x.shape
     M = len(w_enc)
     relu = activation == 0
@@ -451,7 +452,7 @@ def forward(x, w_enc, b_enc, k, k_max, activation, count, dead, k_aux):
     aux_indices = torch.empty(B, k_aux, dtype=torch.int32, device=x.device)
     fired = torch.zeros(M if count else 0, dtype=torch.int32, device=x.device)
     counts = fired if count else None
-    among = None if dead is None else dead.view(torch.uint8)
+    among = None if dead is None else dead.contiguous().view(torch.uint8)
     if M <= LATENTS and D <= WIDTH:
         if B:
             results = (values, indices, aux_values, aux_indices)
@@ -509,7 +510,8 @@ def _select_flat(sources, n, relu):
 
 def batch(x, w_enc, b_enc, k, activation):
     """The k B largest of all rows -> values, indices (k B,), offsets (B + 1,); a part of the rows at a time."""
-    B, D = x.shape
+    x, b_enc = x.contiguous(), None if b_enc is None else b_enc.contiguous()
+    B = len(x)
     M = len(w_enc)
     n = k * B
     numbers = torch.empty(0, device=x.device)

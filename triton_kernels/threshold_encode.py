@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .topk_encode import linear_tile
+from .topk_encode import linear_tile, product_blocks
 
 # Numbers of the kinds; the order of KINDS in the reference.
 RELU, SOFT, JUMP = (tl.constexpr(n) for n in range(3))
@@ -117,16 +117,13 @@ def forward(x, w_enc, b_enc, threshold, kind):
             *(b_enc, threshold, acts, penalty, l0, fired, B, M), KIND=kind, BLOCK_B=rows, BLOCK_M=BLOCK
         )
     elif B:
-        rows = 128 if B > 64 else 64
-        _encode_kernel[(triton.cdiv(B, rows) * blocks,)](
+        sizes = product_blocks(x, w_enc)
+        _encode_kernel[(triton.cdiv(B, sizes["BLOCK_B"]) * blocks,)](
             *(x, w_enc, b_enc, threshold, acts, penalty, l0, fired, B, M, D, *w_enc.stride()),
             KIND=kind,
             UPCAST=not x.is_cuda,
-            BLOCK_B=rows,
             BLOCK_M=BLOCK,
-            BLOCK_D=64,
-            num_warps=8 if rows == 128 else 4,
-            num_stages=3,
+            **sizes,
         )
     return acts, penalty.sum(0), l0.sum(0, dtype=torch.int32).to(torch.float32), fired
 
@@ -148,6 +145,10 @@ GATE = {
         lambda: _encode(8192, 768, 24576, torch.float16, 1, transposed=True, bias=False),
         _TENSOR_CORES,
     ),
-    "jump, few rows, odd sizes, bfloat16": (lambda: _encode(40, 61, 501, torch.bfloat16, 2), ("HMMA",)),
+    "jump, few rows, odd sizes, bfloat16": (lambda: _encode(40, 61, 501, torch.bfloat16, 2), _TENSOR_CORES),
+    "soft, odd rows, transposed, float16": (
+        lambda: _encode(400, 61, 501, torch.float16, 1, transposed=True),
+        _TENSOR_CORES,
+    ),
     "jump, float32": (lambda: _encode(8192, 64, 512, torch.float32, 2), ("LDG.E.128", "STG.E.128")),
 }

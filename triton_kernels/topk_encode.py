@@ -354,6 +354,20 @@ def _precision() -> str:
     return "tf32" if tf32 else "ieee"
 
 
+def aligned(x, w):
+    """Whether the compiler can know that rows of x and w start at whole 16 bytes, so that loads are that wide."""
+    (w_m, w_d), D = w.stride(), x.shape[1]
+    return D % 16 == 0 and (w_d == 1 and w_m % 16 == 0 or w_m == 1 and w_d % 16 == 0)
+
+
+def product_blocks(x, w):
+    """Blocks of a product of 16 bits with 128 latents; with an address for each element, smaller ones."""
+    if not aligned(x, w):
+        return {"BLOCK_B": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 2}
+    rows = 128 if len(x) > 64 else 64
+    return {"BLOCK_B": rows, "BLOCK_D": 64, "num_warps": rows // 16, "num_stages": 3}
+
+
 def _small(x, w_enc, b_enc, k, k_max, relu, fired, dead, k_aux, values, indices, aux_values, aux_indices):
     B, D = x.shape
     M = len(w_enc)
@@ -386,18 +400,15 @@ def _activations(x, w_enc, b_enc, relu, out):
     B, D = x.shape
     M = len(w_enc)
     maxima = torch.empty(B, triton.cdiv(M, GROUP), dtype=torch.int32, device=x.device)
-    block_b = 128 if B > 64 else 64
-    _activations_kernel[(triton.cdiv(B, block_b) * triton.cdiv(M, 128),)](
+    blocks = product_blocks(x, w_enc)
+    _activations_kernel[(triton.cdiv(B, blocks["BLOCK_B"]) * triton.cdiv(M, 128),)](
         *(x, w_enc, b_enc, out, maxima, B, M, D, *w_enc.stride()),
         **FLOAT32,
         RELU=relu,
         GROUP=GROUP,
         UPCAST=not x.is_cuda,
-        BLOCK_B=block_b,
         BLOCK_M=128,
-        BLOCK_D=64,
-        num_warps=8 if block_b == 128 else 4,
-        num_stages=3,
+        **blocks,
     )
     return maxima
 
@@ -431,6 +442,7 @@ def _select(a, maxima, k, among, relu, values, indices, fired):
         GROUP=GROUP,
         TILE=TILE,
         num_warps=4,
+        maxnreg=168,  # or the compiler spills, to have a fourth program in a multiprocessor
     )
 
 
@@ -553,11 +565,17 @@ def _k():
 # Launches that are compiled for GPUs which are not at hand, and instructions that their machine code must hold: see
 # tests/compile_gate.py.
 _BF16 = torch.bfloat16
+_TENSOR_CORES = ("80:HMMA", "90:HGMMA", "100:UTCHMMA")
 GATE = {
     "500 latents, bfloat16": (lambda: _encode(8192, 64, 500, 50, _BF16), ("HMMA", "BAR.SYNC")),
     "500 latents, all asked for, k on the device, bfloat16": (
         lambda: _encode(8192, 64, 500, 50, _BF16, transposed=True, k_tensor=_k(), k_aux=32),
         ("HMMA", "80:RED.E", "90:REDG.E"),
+    ),
+    "500 latents, odd width, bfloat16": (lambda: _encode(8192, 61, 500, 50, _BF16), ("HMMA",)),
+    "500 latents, odd width, transposed, float32": (
+        lambda: _encode(8192, 61, 501, 50, torch.float32, transposed=True, k_aux=3),
+        ("FFMA",),
     ),
     "500 latents, float32": (lambda: _encode(8192, 64, 500, 50, torch.float32), ("FFMA",)),
     "1000 latents, identity, all asked for, float32": (
@@ -567,11 +585,15 @@ GATE = {
     "4096 latents, float32": (lambda: _encode(512, 64, 4096, 50, torch.float32), ("LDG.E.128", "SHFL")),
     "24576 latents, bfloat16": (
         lambda: _activations(*_of(512, 768, 24576, _BF16), True, _on_gpu(512, 24576)),
-        ("80:HMMA", "90:HGMMA", "100:UTCHMMA"),
+        _TENSOR_CORES,
+    ),
+    "odd sizes, bfloat16": (
+        lambda: _activations(*_of(512, 765, 24577, _BF16), True, _on_gpu(512, 24577)),
+        _TENSOR_CORES,
     ),
     "24576 latents, transposed, few rows, float16": (
         lambda: _activations(*_of(40, 768, 24576, torch.float16, True), False, _on_gpu(40, 24576)),
-        ("80:HMMA", "90:HGMMA", "100:UTCHMMA"),
+        _TENSOR_CORES,
     ),
     "24576 latents, all asked for, k on the device, bfloat16": (
         lambda: _encode(512, 768, 24576, 32, _BF16, k_tensor=_k(), k_aux=512),

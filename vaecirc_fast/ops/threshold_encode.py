@@ -168,7 +168,8 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "threshold_encode_backward(Tensor x, Tensor w, Tensor? b, Tensor threshold, Tensor? acts, int kind, "
-    "float bandwidth, Tensor? grad_acts, Tensor grad_penalty, Tensor grad_l0, bool need_x) -> (Tensor, Tensor, Tensor, Tensor)"
+    "float bandwidth, Tensor? grad_acts, Tensor grad_penalty, Tensor grad_l0, bool need_x) -> "
+    "(Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.impl("threshold_encode", _run, "CompositeExplicitAutograd")
 LIBRARY.impl("threshold_encode_backward", _run_backward, "CompositeExplicitAutograd")

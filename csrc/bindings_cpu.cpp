@@ -12,6 +12,8 @@
 #include "cpu/effect_reduction.h"
 #include "cpu/render_sprites.h"
 #include "cpu/threshold_encode.h"
+#include "cpu/topk.h"
+#include "cpu/topk_encode.h"
 
 namespace py = pybind11;
 using namespace vaecirc;
@@ -25,6 +27,12 @@ struct Kernels {
     int64_t (*render_sprites)(const RenderSprites&);
     void (*threshold_encode)(const ThresholdEncode&);
     void (*threshold_encode_backward)(const ThresholdEncodeBackward&);
+    bool (*topk)(const TopK&);
+    void (*topk_backward)(const TopKBackward&);
+    bool (*topk_encode)(const TopKEncode&);
+    int64_t (*batch_append)(const BatchAppend&);
+    int64_t (*batch_cut)(const BatchCut&);
+    void (*batch_fill)(const BatchFill&);
 };
 
 #define VAECIRC_KERNELS(set)         \
@@ -33,7 +41,13 @@ struct Kernels {
      set::effect_reduction_backward, \
      set::render_sprites,            \
      set::threshold_encode,          \
-     set::threshold_encode_backward},
+     set::threshold_encode_backward, \
+     set::topk,                      \
+     set::topk_backward,             \
+     set::topk_encode,               \
+     set::batch_append,              \
+     set::batch_cut,                 \
+     set::batch_fill},
 const Kernels BUILT[] = {VAECIRC_FOR_EACH_ISA(VAECIRC_KERNELS)};
 const Kernels* chosen = &BUILT[0];
 
@@ -122,4 +136,48 @@ PYBIND11_MODULE(_C, m) {
                                                  at<float>(grad_penalty), at<float>(grad_l0), at<float>(grad_bias),
                                                  at<float>(grad_threshold), threads});
           });
+    m.def("topk", [](uintptr_t a, int dtype, int64_t B, int64_t M, int64_t stride, int64_t k, int64_t K, bool sorted,
+                     uintptr_t values, uintptr_t indices, int threads) {
+        py::gil_scoped_release release;
+        checked(chosen->topk(
+            {at<void>(a), DType(dtype), B, M, stride, k, K, sorted, at<void>(values), at<int32_t>(indices), threads}));
+    });
+    m.def("topk_backward", [](uintptr_t grad, uintptr_t indices, int64_t bytes, int64_t B, int64_t M, int64_t k,
+                              int64_t K, uintptr_t out, int threads) {
+        py::gil_scoped_release release;
+        chosen->topk_backward({at<void>(grad), at<int32_t>(indices), bytes, B, M, k, K, at<void>(out), threads});
+    });
+    m.def("topk_encode", [](uintptr_t pre, int dtype, int64_t rows, int64_t M, uintptr_t bias, bool relu, int64_t k,
+                            int64_t K, uintptr_t values, uintptr_t indices, uintptr_t fired, uintptr_t dead,
+                            int64_t n_dead, int64_t k_aux, uintptr_t aux_values, uintptr_t aux_indices, int threads) {
+        py::gil_scoped_release release;
+        checked(chosen->topk_encode({at<void>(pre), DType(dtype), rows, M, at<float>(bias), relu, k, K,
+                                     at<void>(values), at<int32_t>(indices), at<int32_t>(fired), at<int32_t>(dead),
+                                     n_dead, k_aux, at<void>(aux_values), at<int32_t>(aux_indices), threads}));
+    });
+    m.attr("CUT_ALL") = CUT_ALL;
+    m.attr("CUT_ZERO") = CUT_ZERO;
+    m.def("batch_append", [](uintptr_t pre, int dtype, int64_t rows, int64_t M, uintptr_t bias, int64_t beyond,
+                             uintptr_t values, uintptr_t columns, int64_t count, uintptr_t counts, int threads) {
+        py::gil_scoped_release release;
+        const int64_t found =
+            chosen->batch_append({at<void>(pre), DType(dtype), rows, M, at<float>(bias), int32_t(beyond),
+                                  at<float>(values), at<int32_t>(columns), count, at<int32_t>(counts), threads});
+        checked(found >= 0);
+        return found;
+    });
+    m.def("batch_cut",
+          [](uintptr_t values, uintptr_t columns, int64_t count, int64_t keep, uintptr_t counts, int64_t rows) {
+              py::gil_scoped_release release;
+              const int64_t cut =
+                  chosen->batch_cut({at<float>(values), at<int32_t>(columns), count, keep, at<int32_t>(counts), rows});
+              checked(cut != INT64_MIN);
+              return cut;
+          });
+    m.def("batch_fill", [](uintptr_t values, uintptr_t columns, uintptr_t counts, int64_t rows, int64_t M,
+                           int64_t count, int64_t keep, uintptr_t out_values, uintptr_t out_columns) {
+        py::gil_scoped_release release;
+        chosen->batch_fill({at<float>(values), at<int32_t>(columns), at<int32_t>(counts), rows, M, count, keep,
+                            at<float>(out_values), at<int32_t>(out_columns)});
+    });
 }

@@ -3,5 +3,7 @@
 from .effect_reduction import effect_reduction
 from .render_sprites import render_sprites
 from .threshold_encode import threshold_encode
+from .topk import topk
+from .topk_encode import topk_encode
 
-__all__ = ["effect_reduction", "render_sprites", "threshold_encode"]
+__all__ = ["effect_reduction", "render_sprites", "threshold_encode", "topk", "topk_encode"]

@@ -17,6 +17,8 @@ from setuptools.errors import CompileError
 OPS = [
     "effect_reduction",
     "render_sprites",
+    "sparse_adam",
+    "sparse_decode",
     "threshold_encode",
     "topk",
     "topk_encode",

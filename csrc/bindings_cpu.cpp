@@ -11,6 +11,8 @@
 #include "common.h"
 #include "cpu/effect_reduction.h"
 #include "cpu/render_sprites.h"
+#include "cpu/sparse_adam.h"
+#include "cpu/sparse_decode.h"
 #include "cpu/threshold_encode.h"
 #include "cpu/topk.h"
 #include "cpu/topk_encode.h"
@@ -33,6 +35,10 @@ struct Kernels {
     int64_t (*batch_append)(const BatchAppend&);
     int64_t (*batch_cut)(const BatchCut&);
     void (*batch_fill)(const BatchFill&);
+    int64_t (*sparse_decode)(const SparseDecode&);
+    int64_t (*sparse_decode_values)(const SparseDecodeValues&);
+    int64_t (*sparse_accumulate)(const SparseAccumulate&);
+    int64_t (*sparse_adam)(const SparseAdam&);
 };
 
 #define VAECIRC_KERNELS(set)         \
@@ -47,7 +53,11 @@ struct Kernels {
      set::topk_encode,               \
      set::batch_append,              \
      set::batch_cut,                 \
-     set::batch_fill},
+     set::batch_fill,                \
+     set::sparse_decode,             \
+     set::sparse_decode_values,      \
+     set::sparse_accumulate,         \
+     set::sparse_adam},
 const Kernels BUILT[] = {VAECIRC_FOR_EACH_ISA(VAECIRC_KERNELS)};
 const Kernels* chosen = &BUILT[0];
 
@@ -85,6 +95,12 @@ T* at(uintptr_t address) {
 
 void checked(bool ok) {
     if (!ok) throw std::bad_alloc();
+}
+
+// Of kernels over sparse rows: memory is asked for again, whatever else was wrong is for the caller to say.
+int64_t what_was_wrong(int64_t wrong) {
+    checked(wrong != -2);
+    return wrong;
 }
 
 }  // namespace
@@ -180,4 +196,61 @@ PYBIND11_MODULE(_C, m) {
         chosen->batch_fill({at<float>(values), at<int32_t>(columns), at<int32_t>(counts), rows, M, count, keep,
                             at<float>(out_values), at<int32_t>(out_columns)});
     });
+    m.def("sparse_decode",
+          [](uintptr_t values, uintptr_t indices, uintptr_t w, uintptr_t bias, uintptr_t offsets, uintptr_t target,
+             int dtype, const std::array<int64_t, 5>& sizes, uintptr_t y, uintptr_t squared_error, int threads) {
+              py::gil_scoped_release release;
+              const auto [B, K, N, D, M] = sizes;
+              return what_was_wrong(chosen->sparse_decode(
+                  {at<void>(values), at<int32_t>(indices), at<void>(w), at<void>(bias), at<int32_t>(offsets),
+                   at<void>(target), DType(dtype), B, K, N, D, M, at<void>(y), at<void>(squared_error), threads}));
+          });
+    m.def("sparse_decode_values", [](uintptr_t indices, uintptr_t w, uintptr_t g, uintptr_t offsets, int dtype,
+                                     const std::array<int64_t, 5>& sizes, uintptr_t out, int threads) {
+        py::gil_scoped_release release;
+        const auto [B, K, N, D, M] = sizes;
+        return what_was_wrong(
+            chosen->sparse_decode_values({at<int32_t>(indices), at<void>(w), at<void>(g), at<int32_t>(offsets),
+                                          DType(dtype), B, K, N, D, M, at<void>(out), threads}));
+    });
+    m.def("sparse_accumulate", [](uintptr_t values, uintptr_t indices, uintptr_t g, uintptr_t offsets, int dtype,
+                                  const std::array<int64_t, 5>& sizes, uintptr_t out, uintptr_t totals, int threads) {
+        py::gil_scoped_release release;
+        const auto [B, K, N, D, M] = sizes;
+        return what_was_wrong(
+            chosen->sparse_accumulate({at<void>(values), at<int32_t>(indices), at<void>(g), at<int32_t>(offsets),
+                                       DType(dtype), B, K, N, D, M, at<void>(out), at<void>(totals), threads}));
+    });
+    m.def("sparse_adam",
+          [](const std::array<uintptr_t, 3>& weight, const std::array<uintptr_t, 3>& bias, uintptr_t values,
+             uintptr_t indices, uintptr_t g, uintptr_t offsets, int dtype, const std::array<int64_t, 5>& sizes,
+             const std::array<double, 5>& options, int64_t step, bool decoupled, int threads) {
+              py::gil_scoped_release release;
+              const auto [B, K, N, D, M] = sizes;
+              const auto [lr, beta1, beta2, eps, weight_decay] = options;
+              return what_was_wrong(chosen->sparse_adam({at<void>(weight[0]),
+                                                         at<void>(weight[1]),
+                                                         at<void>(weight[2]),
+                                                         at<void>(bias[0]),
+                                                         at<void>(bias[1]),
+                                                         at<void>(bias[2]),
+                                                         at<void>(values),
+                                                         at<int32_t>(indices),
+                                                         at<void>(g),
+                                                         at<int32_t>(offsets),
+                                                         DType(dtype),
+                                                         B,
+                                                         K,
+                                                         N,
+                                                         D,
+                                                         M,
+                                                         lr,
+                                                         beta1,
+                                                         beta2,
+                                                         eps,
+                                                         weight_decay,
+                                                         step,
+                                                         decoupled,
+                                                         threads}));
+          });
 }

@@ -15,6 +15,7 @@ from .. import _native, _registry
 from ..errors import InputError
 from ..reference import topk_encode as reference
 from ._library import LIBRARY, is_plain_call, is_traced
+from .sparse_decode import accumulate, gather
 from .topk import checked, count_of, entries
 
 TILE_BYTES = 1 << 20  # of products on the CPU: what stays in cache between their GEMM and their selection ...
@@ -186,15 +187,11 @@ def _run_batch(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int, activatio
 
 
 def _sparse_gradients(
-    grad_values: Tensor, indices: Tensor, x: Tensor, w_enc: Tensor, offsets: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, w_enc and b_enc from those of the chosen values before the activation."""
-    ops = torch.ops.vaecirc_fast
-    if hasattr(ops, "sparse_decode") and hasattr(ops, "sparse_accumulate"):
-        grad_x, _ = ops.sparse_decode(grad_values, indices, w_enc, None, offsets, None)
-        grad_w, grad_b = ops.sparse_accumulate(grad_values, indices, x, w_enc.shape[0], offsets)
-        return grad_x, grad_w, grad_b
-    return reference.backward(grad_values, indices, x, w_enc, offsets)
+    grad_values: Tensor, indices: Tensor, x: Tensor, w_enc: Tensor, offsets: Tensor | None, need_x: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of x (where needed), w_enc and b_enc from those of the chosen values before the activation."""
+    grad_x = gather(grad_values, indices, w_enc, offsets) if need_x else None
+    return grad_x, *accumulate(grad_values, indices, x, w_enc.shape[0], offsets)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -220,7 +217,7 @@ def _backward(ctx: Any, grad: Tensor, _indices: Any, _fired: Any, grad_aux: Tens
         grad_aux = _passed(grad_aux, aux_values, dead.sum(), ctx.activation)
         grad, indices = torch.cat([grad, grad_aux], 1), torch.cat([indices, aux_indices], 1)
     with _registry.backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
-        grad_x, grad_w, grad_b = _sparse_gradients(grad, indices, x, w_enc, None)
+        grad_x, grad_w, grad_b = _sparse_gradients(grad, indices, x, w_enc, None, ctx.needs_input_grad[0])
     return grad_x, grad_w, grad_b if ctx.biased else None, None, None, None, None, None, None
 
 
@@ -237,7 +234,7 @@ def _batch_backward(ctx: Any, grad: Tensor, _indices: Any, _offsets: Any):
     x, w_enc, values, indices, offsets = ctx.saved_tensors
     grad = _passed(grad, values, None, ctx.activation)
     with _registry.backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
-        grad_x, grad_w, grad_b = _sparse_gradients(grad, indices, x, w_enc, offsets)
+        grad_x, grad_w, grad_b = _sparse_gradients(grad, indices, x, w_enc, offsets, ctx.needs_input_grad[0])
     return grad_x, grad_w, grad_b if ctx.biased else None, None, None
 
 

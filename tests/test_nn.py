@@ -1,4 +1,4 @@
-"""Sparse autoencoders: gradients of dense autograd, one compilation for all k, the optimizer, dead latents, refusals."""
+"""Sparse autoencoders: gradients of dense autograd, one compilation for all k, Adam, dead latents, refusals."""
 
 import copy
 import math
@@ -9,7 +9,7 @@ from close import assert_close, assert_gradient_close
 
 import vaecirc_fast as vf
 from vaecirc_fast.errors import InputError
-from vaecirc_fast.nn import BatchTopKSAE, JumpReLUSAE, L1SAE, SparseAdam, TopKSAE
+from vaecirc_fast.nn import L1SAE, BatchTopKSAE, JumpReLUSAE, SparseAdam, TopKSAE
 
 D, M, K, B = 12, 40, 7, 30
 

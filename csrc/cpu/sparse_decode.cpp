@@ -72,7 +72,7 @@ int64_t forward(const SparseDecode& args) {
                     sum_rows(entries, kept, w, args.D, bias, scratch);
                     copy(scratch, y, args.D);
                 }
-                if (args.target)
+                if (args.squared_error)
                     narrow(squared_distance(y, (const T*)args.target + b * args.D, args.D), (T*)args.squared_error + b);
             }
         free(entries);

@@ -1,4 +1,4 @@
-"""Benchmark of the row `sparse_adam`: a step from codes, against dense gradients and torch's Adam in its three forms."""
+"""Benchmark of the row `sparse_adam`: a step from codes, against dense gradients and the forms of torch's Adam."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def test_step(benchmark, size: str, form: str) -> None:
     """The gradient of a matrix from the gradients of its codes, and Adam."""
     values, own, indices, g, param = _inputs(size)
     moments = torch.zeros_like(param), torch.zeros_like(param)
-    options = {"foreach": True} if form == "dense, foreach Adam" else {"fused": True}
+    foreach = form == "dense, foreach Adam"
     param.grad = torch.zeros_like(param)
-    optimiser = torch.optim.Adam([param], lr=1e-3, **options)
+    optimiser = torch.optim.Adam([param], lr=1e-3, foreach=foreach, fused=not foreach)
     optimiser.step()  # makes its state
 
     @torch.compile

@@ -98,13 +98,12 @@ int64_t run(const SparseAdam& args) {
         const Step step = make_step(args);
 #pragma omp parallel for schedule(dynamic, chunk) num_threads(threads) if (threads > 1)
         for (int64_t m = 0; m < args.M; ++m) {
-            const Entry* entries = sorted.entries + sorted.start[m];
-            const int64_t n = sorted.start[m + 1] - sorted.start[m];
+            const Pairs list = sorted.of(m);
             float* grad = grads + omp_get_thread_num() * (D + 16);  // a cache line of no other thread's
-            sum_rows<T>(entries, n, (const T*)args.g, D, nullptr, grad);
+            sum_rows<T>(list, (const T*)args.g, D, nullptr, grad);
             update_row(step, grad, (T*)args.param + m * D, (T*)args.exp_avg + m * D, (T*)args.exp_avg_sq + m * D, D);
             float sum = 0;
-            for (int64_t i = 0; i < n; ++i) sum += entries[i].value;
+            for (int64_t i = 0; i < list.n; ++i) sum += list.value(i);
             totals[m] = sum;
         }
         if (args.bias) update_row(step, totals, (T*)args.bias, (T*)args.bias_exp_avg, (T*)args.bias_exp_avg_sq, args.M);

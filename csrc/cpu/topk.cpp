@@ -75,7 +75,7 @@ bool run(const TopK& args) {
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < args.B; ++b) {
             if (!mine) continue;
-            const Row<T, false> row = {(const T*)args.a + b * args.stride, nullptr};
+            const Row<T, false> row = {(const T*)args.a + b * args.stride, nullptr, args.stride};
             select_row(row, args.M, args.k, false, s);
             if (args.sorted) {
                 float* const spare = (float*)(orders + 2 * args.k);

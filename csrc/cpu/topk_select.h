@@ -207,6 +207,7 @@ template <class T, bool BIAS>
 struct Row {
     const T* x;
     const float* bias;
+    int64_t next;  // elements to what is read next
     inline __attribute__((always_inline)) vf at(int64_t j) const {
         const vf v = widen(x + j);
         return BIAS ? v + widen(bias + j) : v;
@@ -216,6 +217,12 @@ struct Row {
         vf v = widen_part(x + j, n);
         if (BIAS) v += widen_part(bias + j, n);
         return iota() < n ? v : vf{} - __builtin_inff();
+    }
+    // Memory works on the next row while this one is in cache.
+    inline __attribute__((always_inline)) void prefetch_next(int64_t j) const {
+        constexpr int64_t line = 64 / sizeof(T);
+        for (int64_t i = 0; i < 4 * W; i += line)
+            __builtin_prefetch((const void*)((uintptr_t)x + (uintptr_t)((next + j + i) * (int64_t)sizeof(T))));
     }
     inline __attribute__((always_inline)) float one(int64_t j) const {
         return BIAS ? widen(x[j]) + bias[j] : widen(x[j]);
@@ -263,15 +270,38 @@ struct Cut {
     int64_t count;
 };
 
+// The smallest key from `from` on and the largest below `until`: both are there.
+INLINE void shrink(const int32_t* keys, int64_t n, int64_t& from, int64_t& until) {
+    const vi least = vi{} + (int32_t)from, most = vi{} + (int32_t)(until - 1);
+    vi low = most, high = least;
+    for (int64_t j = 0; j < n; j += W) {
+        const vi key = *(const viu*)(keys + j);
+        low = key >= least && key < low ? key : low;
+        high = key <= most && key > high ? key : high;
+    }
+    int32_t lowest = low[0], highest = high[0];
+    for (int i = 1; i < W; ++i) {
+        lowest = low[i] < lowest ? low[i] : lowest;
+        highest = high[i] > highest ? high[i] : highest;
+    }
+    from = lowest, until = (int64_t)highest + 1;
+}
+
 // Among n keys (a multiple of W; LOWEST pads), of which `all` >= k are at least `low`, and none is above `top`.
 INLINE Cut find_cut(const int32_t* keys, int64_t n, int64_t k, int64_t enough, int32_t low, int64_t all, int32_t top) {
     int64_t from = low, until = (int64_t)top + 1;
     for (int step = 0; all > enough && until - from > 1; ++step) {
         int64_t middle = from + (until - from) / 2;
-        if (step < 8) {
+        if (step == 0 && from == 0) {
+            middle = 1;  // after a ReLU the cut is often zero itself
+        } else if (step < 8) {
             // Halving numbers first: keys are like logarithms, and most lie near zero.
             const int64_t number = key_of(0.5f * value_of((int32_t)from) + 0.5f * value_of((int32_t)(until - 1)));
             if (number > from && number < until) middle = number;
+        } else if (step % 8 == 0) {
+            shrink(keys, n, from, until);  // ends at once where only ties are left
+            middle = from + (until - from) / 2;
+            if (until - from <= 1) break;
         }
         const int64_t count = count_from(keys, n, (int32_t)middle);
         if (count >= k) from = middle, all = count;
@@ -345,6 +375,7 @@ INLINE int64_t survivors(const ROW& row, int64_t M, float bound, float* values, 
     for (; j + 4 * W <= M; j += 4 * W) {
         vf x[4];
         uint32_t bits[4];
+        row.prefetch_next(j);
 #pragma GCC unroll 4
         for (int u = 0; u < 4; ++u) x[u] = row.at(j + u * W), bits[u] = above(x[u], t);
         if ((bits[0] | bits[1] | bits[2] | bits[3]) == 0) continue;

@@ -79,11 +79,11 @@ def topk_encode(
     if scope == "batch":
         if isinstance(k, Tensor) or k_max is not None or fired or dead is not None:
             raise InputError('scope: "batch" takes an integer k, and neither k_max, fired nor dead')
-        k, _ = entries(k, None, M, x.device)
-        return Csr(*_batch(rows, w_enc, b_enc, k, act))
-    size, k = entries(k, k_max, M, x.device)
+        size, _ = entries(k, None, M, x.device)
+        return Csr(*_batch(rows, w_enc, b_enc, size, act))
+    size, count = entries(k, k_max, M, x.device)
     values, indices, counts, aux_values, aux_indices = _forward(
-        rows, w_enc, b_enc, k, size, act, bool(fired), dead, k_aux
+        rows, w_enc, b_enc, count, size, act, fired, dead, k_aux
     )
     shape = x.shape[:-1]
     values, indices = values.reshape(*shape, size), indices.reshape(*shape, size)
@@ -210,7 +210,8 @@ def _passed(grad: Tensor, values: Tensor, n: Tensor | None, activation: int) -> 
     return grad if n is None else torch.where(torch.arange(grad.shape[-1], device=grad.device) < n, grad, 0)
 
 
-def _backward(ctx: Any, grad: Tensor, _indices: Any, _fired: Any, grad_aux: Tensor, _aux_indices: Any):
+def _backward(ctx: Any, *grads: Tensor):
+    grad, _, _, grad_aux, _ = grads
     x, w_enc, k, dead, values, indices, aux_values, aux_indices = ctx.saved_tensors
     grad = _passed(grad, values, k, ctx.activation)
     if dead is not None:
@@ -230,9 +231,9 @@ def _setup_batch_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.forced = _registry.forced()
 
 
-def _batch_backward(ctx: Any, grad: Tensor, _indices: Any, _offsets: Any):
+def _batch_backward(ctx: Any, *grads: Tensor):
     x, w_enc, values, indices, offsets = ctx.saved_tensors
-    grad = _passed(grad, values, None, ctx.activation)
+    grad = _passed(grads[0], values, None, ctx.activation)
     with _registry.backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
         grad_x, grad_w, grad_b = _sparse_gradients(grad, indices, x, w_enc, offsets, ctx.needs_input_grad[0])
     return grad_x, grad_w, grad_b if ctx.biased else None, None, None

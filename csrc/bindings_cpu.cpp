@@ -136,12 +136,13 @@ PYBIND11_MODULE(_C, m) {
                                              at<int32_t>(first), at<Crossing>(crossings), ImageFormat(format),
                                              at<void>(out), fresh, threads});
           });
-    m.def("threshold_encode", [](uintptr_t acts, int64_t B, int64_t M, uintptr_t bias, uintptr_t threshold, int kind,
-                                 uintptr_t penalty, uintptr_t l0, uintptr_t fired, int threads) {
-        py::gil_scoped_release release;
-        chosen->threshold_encode({at<float>(acts), B, M, at<float>(bias), at<float>(threshold), Threshold(kind),
-                                  at<float>(penalty), at<float>(l0), at<int32_t>(fired), threads});
-    });
+    m.def(
+        "threshold_encode", [](uintptr_t pre, uintptr_t acts, int64_t B, int64_t M, uintptr_t bias, uintptr_t threshold,
+                               int kind, uintptr_t penalty, uintptr_t l0, uintptr_t fired, int threads) {
+            py::gil_scoped_release release;
+            chosen->threshold_encode({at<float>(pre), at<float>(acts), B, M, at<float>(bias), at<float>(threshold),
+                                      Threshold(kind), at<float>(penalty), at<float>(l0), at<int32_t>(fired), threads});
+        });
     m.def("threshold_encode_backward",
           [](uintptr_t pre, uintptr_t acts, int64_t B, int64_t M, uintptr_t bias, uintptr_t threshold, int kind,
              float bandwidth, uintptr_t grad_acts, uintptr_t grad_penalty, uintptr_t grad_l0, uintptr_t grad_bias,

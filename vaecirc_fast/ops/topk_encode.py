@@ -15,6 +15,7 @@ from .. import _native, _registry
 from ..errors import InputError
 from ..reference import topk_encode as reference
 from ._library import LIBRARY, is_plain_call, is_traced
+from ._product import linear
 from .sparse_decode import accumulate, gather
 from .topk import checked, count_of, entries
 
@@ -335,15 +336,13 @@ torch.library.register_vmap(
 
 
 def products(x: Tensor, w_enc: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """x @ w_enc.T a tile of rows at a time, as the C++ kernel selects from it: (first row, (rows, M)) in one buffer."""
+    """x @ w_enc.T a tile of rows at a time, as the C++ kernel selects from it: first row and (rows, M)."""
     rows, M = x.shape[0], w_enc.shape[0]
     if 1 not in w_enc.stride():
         w_enc = w_enc.contiguous()  # or every tile's GEMM would copy it
     size = min(rows, max(TILE_ROWS, TILE_BYTES // (M * x.element_size())))
-    buffer = torch.empty(size, M, dtype=x.dtype)
     for start in range(0, rows, max(1, size)):
-        part = x[start : start + size]
-        yield start, torch.mm(part, w_enc.t(), out=buffer[: part.shape[0]])
+        yield start, linear(x[start : start + size], w_enc)
 
 
 def _bias(b_enc: Tensor | None) -> Tensor | None:

@@ -22,6 +22,8 @@ def _module(shape: str, kind: str) -> tuple[vf.nn.SparseAutoencoder, Tensor]:
     g = torch.Generator().manual_seed(0)
     if kind == "BatchTopK":
         sae: vf.nn.SparseAutoencoder = vf.nn.BatchTopKSAE(D, M, k, generator=g)
+    elif kind == "L1":
+        sae = vf.nn.L1SAE(D, M, generator=g)
     else:
         sae = vf.nn.TopKSAE(D, M, k, k_aux=D // 2 if kind == "AuxK" else 0, generator=g)
         sae.since_fired[: M // 4] = sae.dead_after  # a quarter is dead
@@ -33,6 +35,9 @@ def _plain(sae: vf.nn.SparseAutoencoder, kind: str, k: int) -> Callable[[Tensor]
 
     def loss(x: Tensor) -> Tensor:
         acts = ((x - sae.b_dec) @ sae.w_enc.T + sae.b_enc).relu()
+        if isinstance(sae, vf.nn.L1SAE):
+            y = acts @ torch.nn.functional.normalize(sae.w_dec) + sae.b_dec
+            return (y - x).square().sum(1).mean() + sae.l1_coefficient * acts.sum(1).mean()
         flat = acts.flatten() if kind == "BatchTopK" else acts
         values, indices = torch.topk(flat, k * len(x) if kind == "BatchTopK" else k, sorted=False)
         codes = torch.zeros_like(flat).scatter(-1, indices, values).view_as(acts)
@@ -48,10 +53,10 @@ def _plain(sae: vf.nn.SparseAutoencoder, kind: str, k: int) -> Callable[[Tensor]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["TopK", "AuxK", "BatchTopK"])
+@pytest.mark.parametrize("kind", ["TopK", "AuxK", "BatchTopK", "L1"])
 @pytest.mark.parametrize("form", ["ours, SparseAdam", "ours, torch.optim.Adam", "eager", "torch.compile"])
 def test_step(benchmark, shape: str, kind: str, form: str) -> None:
-    if kind == "BatchTopK" and form == "ours, SparseAdam":
+    if kind in ("BatchTopK", "L1") and form == "ours, SparseAdam":
         pytest.skip("SparseAdam is for TopKSAE")
     sae, x = _module(shape, kind)
     dead = sae.since_fired.clone()

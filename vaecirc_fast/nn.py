@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .ops import sparse_adam, sparse_decode, threshold_encode, topk_encode
+from .ops._product import product
 from .ops.sparse_decode import gather, grad_values
 from .ops.topk_encode import Csr, Encoded
 
@@ -137,7 +138,7 @@ class SparseAutoencoder(nn.Module):
 
     def decode(self, acts: Tensor) -> Tensor:
         """Dense activations (..., M) -> (..., D)."""
-        return acts @ self.w_dec + self.b_dec
+        return product(acts, self.w_dec) + self.b_dec
 
     def _check(self, x: Any) -> None:
         if not isinstance(x, Tensor) or x.ndim < 1 or x.shape[-1] != self.d_in:
@@ -392,7 +393,7 @@ class L1SAE(SparseAutoencoder):
 
     def decode(self, acts: Tensor) -> Tensor:
         """Dense activations (..., M) -> (..., D)."""
-        return acts @ nn.functional.normalize(self.w_dec) + self.b_dec
+        return product(acts, nn.functional.normalize(self.w_dec)) + self.b_dec
 
     def encode(self, x: Tensor) -> Tensor:
         """Dense activations (..., M) of x (..., D)."""

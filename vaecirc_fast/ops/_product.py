@@ -12,6 +12,8 @@ from ._library import is_traced
 
 def linear(x: Tensor, w: Tensor) -> Tensor:
     """x (B, D), w (M, D), any strides -> x w', (B, M), new and contiguous. Rows do not depend on their neighbours."""
+    if 0 in x.shape or 0 in w.shape:  # oneDNN refuses some of these
+        return torch.mm(x, w.T)
     if x.dtype == torch.float32 and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available():  # pyright: ignore[reportAttributeAccessIssue]
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return torch.mm(x, w.T)

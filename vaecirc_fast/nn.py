@@ -292,8 +292,7 @@ class BatchTopKSAE(SparseAutoencoder):
         self._check(x)
         if self.training:
             return self._codes(x)
-        acts: Any = threshold_encode(x - self.b_dec, self.w_enc, self.b_enc, self._limit(x))
-        return acts
+        return threshold_encode(x - self.b_dec, self.w_enc, self.b_enc, self._limit(x))
 
     def _codes(self, x: Tensor) -> Csr:
         codes: Any = topk_encode(x - self.b_dec, self.w_enc, self.b_enc, self._k, scope="batch")
@@ -303,7 +302,7 @@ class BatchTopKSAE(SparseAutoencoder):
         """x (..., D) -> reconstruction, loss and codes."""
         self._check(x)
         if not self.training:
-            out: Any = threshold_encode(x - self.b_dec, self.w_enc, self.b_enc, self._limit(x), counts=True)
+            out = threshold_encode(x - self.b_dec, self.w_enc, self.b_enc, self._limit(x), counts=True)
             y = self.decode(out.acts)
             losses = {"mse": _mean_square(y, x)}
             return DenseOutput(y, losses["mse"], losses, out.fired, out.acts)
@@ -364,14 +363,13 @@ class JumpReLUSAE(SparseAutoencoder):
     def encode(self, x: Tensor) -> Tensor:
         """Dense activations (..., M) of x (..., D)."""
         self._check(x)
-        centred, options = x - self.b_dec, {"kind": "jump", "bandwidth": self.bandwidth}
-        acts: Any = threshold_encode(centred, self.w_enc, self.b_enc, self.threshold, **options)
-        return acts
+        centred = x - self.b_dec
+        return threshold_encode(centred, self.w_enc, self.b_enc, self.threshold, "jump", bandwidth=self.bandwidth)
 
     def forward(self, x: Tensor) -> DenseOutput:
         """x (..., D) -> reconstruction, loss and codes."""
         self._check(x)
-        out: Any = threshold_encode(
+        out = threshold_encode(
             x - self.b_dec, self.w_enc, self.b_enc, self.threshold, "jump", bandwidth=self.bandwidth, counts=True
         )
         y = self.decode(out.acts)
@@ -398,13 +396,12 @@ class L1SAE(SparseAutoencoder):
     def encode(self, x: Tensor) -> Tensor:
         """Dense activations (..., M) of x (..., D)."""
         self._check(x)
-        acts: Any = threshold_encode(x - self.b_dec, self.w_enc, self.b_enc)
-        return acts
+        return threshold_encode(x - self.b_dec, self.w_enc, self.b_enc)
 
     def forward(self, x: Tensor) -> DenseOutput:
         """x (..., D) -> reconstruction, loss and codes."""
         self._check(x)
-        out: Any = threshold_encode(x - self.b_dec, self.w_enc, self.b_enc, counts=True)
+        out = threshold_encode(x - self.b_dec, self.w_enc, self.b_enc, counts=True)
         y = self.decode(out.acts)
         losses = {"mse": _mean_square(y, x), "l1": out.penalty.sum() / max(out.penalty.numel(), 1)}
         self._count(out.fired, out.l0.numel())

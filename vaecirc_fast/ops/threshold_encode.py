@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,28 @@ class Thresholded(NamedTuple):
     fired: Tensor
 
 
+@overload
+def threshold_encode(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None = ...,
+    threshold: float | Tensor = ...,
+    kind: str = ...,
+    *,
+    bandwidth: float = ...,
+    counts: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def threshold_encode(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None = ...,
+    threshold: float | Tensor = ...,
+    kind: str = ...,
+    *,
+    bandwidth: float = ...,
+    counts: Literal[True],
+) -> Thresholded: ...
 def threshold_encode(
     x: Tensor,
     w_enc: Tensor,

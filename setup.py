@@ -14,7 +14,17 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 from setuptools.errors import CompileError
 
-KERNELS = ["csrc/cpu/effect_reduction.cpp", "csrc/cpu/render_sprites.cpp"]
+OPS = [
+    "effect_reduction",
+    "render_sprites",
+    "sparse_adam",
+    "sparse_decode",
+    "threshold_encode",
+    "topk",
+    "topk_encode",
+]  # with a C++ kernel
+KERNELS = [f"csrc/cpu/{op}.cpp" for op in OPS]
+HEADERS = ["csrc/common.h", "csrc/cpu/topk_select.h", *(f"csrc/cpu/{op}.h" for op in OPS)]
 FLAGS = ["-O3", "-std=gnu++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # _native.py picks the widest set this processor has. Other architectures get the baseline alone.
 INSTRUCTION_SETS = {"baseline": []}
@@ -107,7 +117,7 @@ extensions = [
         "vaecirc_fast._C",
         ["csrc/bindings_cpu.cpp"],
         include_dirs=["csrc"],
-        depends=["csrc/common.h", "csrc/cpu/effect_reduction.h", "csrc/cpu/render_sprites.h", *KERNELS],
+        depends=[*HEADERS, *KERNELS],
         define_macros=[("VAECIRC_" + name.upper(), 1) for name in INSTRUCTION_SETS],
         extra_compile_args=FLAGS,
         extra_link_args=["-fopenmp"],

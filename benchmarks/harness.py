@@ -28,8 +28,9 @@ def measure(
 ) -> None:
     """Time `call`, `rounds` times after two warm-up calls.
 
-    `form` is what was timed in `case`; facts: `bytes`, `decodes` or `images` of one call. A form that is slow may do
-    fewer of them than the others: the tables compare times per image (decode, byte).
+    `form` is what was timed in `case`, `ours` whether it is this project's; where several are, the first counts. Facts:
+    `bytes`, `decodes` or `images` of one call. A form that is slow may do fewer of them than the others: the tables
+    compare times per image (decode, byte).
     """
 
     calls = _calls(call)
@@ -61,9 +62,13 @@ def _calls(call: Callable[[], Any]) -> int:
 
 def commit(root: Path) -> str:
     """The commit that is measured, marked where the tree differs from it."""
-    describe = ["git", "describe", "--always", "--dirty"]
+    written = (":(exclude)benchmarks/results", ":(exclude)benchmarks/README.md", ":(exclude)README.md")  # by this run
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+
     try:
-        return subprocess.run(describe, cwd=root, capture_output=True, text=True).stdout.strip()
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--short", "--", ".", *written) else "")
     except FileNotFoundError:  # no git
         return ""
 

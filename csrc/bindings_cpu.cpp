@@ -11,6 +11,11 @@
 #include "common.h"
 #include "cpu/effect_reduction.h"
 #include "cpu/render_sprites.h"
+#include "cpu/sparse_adam.h"
+#include "cpu/sparse_decode.h"
+#include "cpu/threshold_encode.h"
+#include "cpu/topk.h"
+#include "cpu/topk_encode.h"
 
 namespace py = pybind11;
 using namespace vaecirc;
@@ -22,9 +27,37 @@ struct Kernels {
     bool (*effect_reduction)(const EffectReduction&);
     bool (*effect_reduction_backward)(const EffectReductionBackward&);
     int64_t (*render_sprites)(const RenderSprites&);
+    void (*threshold_encode)(const ThresholdEncode&);
+    void (*threshold_encode_backward)(const ThresholdEncodeBackward&);
+    bool (*topk)(const TopK&);
+    void (*topk_backward)(const TopKBackward&);
+    bool (*topk_encode)(const TopKEncode&);
+    int64_t (*batch_append)(const BatchAppend&);
+    int64_t (*batch_cut)(const BatchCut&);
+    void (*batch_fill)(const BatchFill&);
+    int64_t (*sparse_decode)(const SparseDecode&);
+    int64_t (*sparse_decode_values)(const SparseDecodeValues&);
+    int64_t (*sparse_accumulate)(const SparseAccumulate&);
+    int64_t (*sparse_adam)(const SparseAdam&);
 };
 
-#define VAECIRC_KERNELS(set) {#set, set::effect_reduction, set::effect_reduction_backward, set::render_sprites},
+#define VAECIRC_KERNELS(set)         \
+    {#set,                           \
+     set::effect_reduction,          \
+     set::effect_reduction_backward, \
+     set::render_sprites,            \
+     set::threshold_encode,          \
+     set::threshold_encode_backward, \
+     set::topk,                      \
+     set::topk_backward,             \
+     set::topk_encode,               \
+     set::batch_append,              \
+     set::batch_cut,                 \
+     set::batch_fill,                \
+     set::sparse_decode,             \
+     set::sparse_decode_values,      \
+     set::sparse_accumulate,         \
+     set::sparse_adam},
 const Kernels BUILT[] = {VAECIRC_FOR_EACH_ISA(VAECIRC_KERNELS)};
 const Kernels* chosen = &BUILT[0];
 
@@ -64,6 +97,12 @@ void checked(bool ok) {
     if (!ok) throw std::bad_alloc();
 }
 
+// Of kernels over sparse rows: memory is asked for again, whatever else was wrong is for the caller to say.
+int64_t what_was_wrong(int64_t wrong) {
+    checked(wrong != -2);
+    return wrong;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -96,5 +135,123 @@ PYBIND11_MODULE(_C, m) {
               return chosen->render_sprites({at<int64_t>(factors), B, sizes.data(), at<int16_t>(x), vertices,
                                              at<int32_t>(first), at<Crossing>(crossings), ImageFormat(format),
                                              at<void>(out), fresh, threads});
+          });
+    m.def(
+        "threshold_encode", [](uintptr_t pre, uintptr_t acts, int64_t B, int64_t M, uintptr_t bias, uintptr_t threshold,
+                               int kind, uintptr_t penalty, uintptr_t l0, uintptr_t fired, int threads) {
+            py::gil_scoped_release release;
+            chosen->threshold_encode({at<float>(pre), at<float>(acts), B, M, at<float>(bias), at<float>(threshold),
+                                      Threshold(kind), at<float>(penalty), at<float>(l0), at<int32_t>(fired), threads});
+        });
+    m.def("threshold_encode_backward",
+          [](uintptr_t pre, uintptr_t acts, int64_t B, int64_t M, uintptr_t bias, uintptr_t threshold, int kind,
+             float bandwidth, uintptr_t grad_acts, uintptr_t grad_penalty, uintptr_t grad_l0, uintptr_t grad_bias,
+             uintptr_t grad_threshold, int threads) {
+              py::gil_scoped_release release;
+              chosen->threshold_encode_backward({at<float>(pre), at<float>(acts), B, M, at<float>(bias),
+                                                 at<float>(threshold), Threshold(kind), bandwidth, at<float>(grad_acts),
+                                                 at<float>(grad_penalty), at<float>(grad_l0), at<float>(grad_bias),
+                                                 at<float>(grad_threshold), threads});
+          });
+    m.def("topk", [](uintptr_t a, int dtype, int64_t B, int64_t M, int64_t stride, int64_t k, int64_t K, bool sorted,
+                     uintptr_t values, uintptr_t indices, int threads) {
+        py::gil_scoped_release release;
+        checked(chosen->topk(
+            {at<void>(a), DType(dtype), B, M, stride, k, K, sorted, at<void>(values), at<int32_t>(indices), threads}));
+    });
+    m.def("topk_backward", [](uintptr_t grad, uintptr_t indices, int64_t bytes, int64_t B, int64_t M, int64_t k,
+                              int64_t K, uintptr_t out, int threads) {
+        py::gil_scoped_release release;
+        chosen->topk_backward({at<void>(grad), at<int32_t>(indices), bytes, B, M, k, K, at<void>(out), threads});
+    });
+    m.def("topk_encode", [](uintptr_t pre, int dtype, int64_t rows, int64_t M, uintptr_t bias, bool relu, int64_t k,
+                            int64_t K, uintptr_t values, uintptr_t indices, uintptr_t fired, uintptr_t dead,
+                            int64_t n_dead, int64_t k_aux, uintptr_t aux_values, uintptr_t aux_indices, int threads) {
+        py::gil_scoped_release release;
+        checked(chosen->topk_encode({at<void>(pre), DType(dtype), rows, M, at<float>(bias), relu, k, K,
+                                     at<void>(values), at<int32_t>(indices), at<int32_t>(fired), at<int32_t>(dead),
+                                     n_dead, k_aux, at<void>(aux_values), at<int32_t>(aux_indices), threads}));
+    });
+    m.attr("CUT_ALL") = CUT_ALL;
+    m.attr("CUT_ZERO") = CUT_ZERO;
+    m.def("batch_append", [](uintptr_t pre, int dtype, int64_t rows, int64_t M, uintptr_t bias, int64_t beyond,
+                             uintptr_t values, uintptr_t columns, int64_t count, uintptr_t counts, int threads) {
+        py::gil_scoped_release release;
+        const int64_t found =
+            chosen->batch_append({at<void>(pre), DType(dtype), rows, M, at<float>(bias), int32_t(beyond),
+                                  at<float>(values), at<int32_t>(columns), count, at<int32_t>(counts), threads});
+        checked(found >= 0);
+        return found;
+    });
+    m.def("batch_cut",
+          [](uintptr_t values, uintptr_t columns, int64_t count, int64_t keep, uintptr_t counts, int64_t rows) {
+              py::gil_scoped_release release;
+              const int64_t cut =
+                  chosen->batch_cut({at<float>(values), at<int32_t>(columns), count, keep, at<int32_t>(counts), rows});
+              checked(cut != INT64_MIN);
+              return cut;
+          });
+    m.def("batch_fill", [](uintptr_t values, uintptr_t columns, uintptr_t counts, int64_t rows, int64_t M,
+                           int64_t count, int64_t keep, uintptr_t out_values, uintptr_t out_columns) {
+        py::gil_scoped_release release;
+        chosen->batch_fill({at<float>(values), at<int32_t>(columns), at<int32_t>(counts), rows, M, count, keep,
+                            at<float>(out_values), at<int32_t>(out_columns)});
+    });
+    m.def("sparse_decode",
+          [](uintptr_t values, uintptr_t indices, uintptr_t w, uintptr_t bias, uintptr_t offsets, uintptr_t target,
+             int dtype, const std::array<int64_t, 5>& sizes, uintptr_t y, uintptr_t squared_error, int threads) {
+              py::gil_scoped_release release;
+              const auto [B, K, N, D, M] = sizes;
+              return what_was_wrong(chosen->sparse_decode(
+                  {at<void>(values), at<int32_t>(indices), at<void>(w), at<void>(bias), at<int32_t>(offsets),
+                   at<void>(target), DType(dtype), B, K, N, D, M, at<void>(y), at<void>(squared_error), threads}));
+          });
+    m.def("sparse_decode_values", [](uintptr_t indices, uintptr_t w, uintptr_t g, uintptr_t offsets, int dtype,
+                                     const std::array<int64_t, 5>& sizes, uintptr_t out, int threads) {
+        py::gil_scoped_release release;
+        const auto [B, K, N, D, M] = sizes;
+        return what_was_wrong(
+            chosen->sparse_decode_values({at<int32_t>(indices), at<void>(w), at<void>(g), at<int32_t>(offsets),
+                                          DType(dtype), B, K, N, D, M, at<void>(out), threads}));
+    });
+    m.def("sparse_accumulate", [](uintptr_t values, uintptr_t indices, uintptr_t g, uintptr_t offsets, int dtype,
+                                  const std::array<int64_t, 5>& sizes, uintptr_t out, uintptr_t totals, int threads) {
+        py::gil_scoped_release release;
+        const auto [B, K, N, D, M] = sizes;
+        return what_was_wrong(
+            chosen->sparse_accumulate({at<void>(values), at<int32_t>(indices), at<void>(g), at<int32_t>(offsets),
+                                       DType(dtype), B, K, N, D, M, at<void>(out), at<void>(totals), threads}));
+    });
+    m.def("sparse_adam",
+          [](const std::array<uintptr_t, 3>& weight, const std::array<uintptr_t, 3>& bias, uintptr_t values,
+             uintptr_t indices, uintptr_t g, uintptr_t offsets, int dtype, const std::array<int64_t, 5>& sizes,
+             const std::array<double, 5>& options, int64_t step, bool decoupled, int threads) {
+              py::gil_scoped_release release;
+              const auto [B, K, N, D, M] = sizes;
+              const auto [lr, beta1, beta2, eps, weight_decay] = options;
+              return what_was_wrong(chosen->sparse_adam({at<void>(weight[0]),
+                                                         at<void>(weight[1]),
+                                                         at<void>(weight[2]),
+                                                         at<void>(bias[0]),
+                                                         at<void>(bias[1]),
+                                                         at<void>(bias[2]),
+                                                         at<void>(values),
+                                                         at<int32_t>(indices),
+                                                         at<void>(g),
+                                                         at<int32_t>(offsets),
+                                                         DType(dtype),
+                                                         B,
+                                                         K,
+                                                         N,
+                                                         D,
+                                                         M,
+                                                         lr,
+                                                         beta1,
+                                                         beta2,
+                                                         eps,
+                                                         weight_decay,
+                                                         step,
+                                                         decoupled,
+                                                         threads}));
           });
 }

@@ -261,6 +261,15 @@ def test_a_report_is_written_again(finished, tmp_path, capsys):
     assert answer == {"report": str(page), "runs": json.loads(json.dumps(report.summary(out)))}
 
 
+def test_a_reader_that_closes_early_is_no_crash(finished):
+    """As in `vaecirc report DIR --json | head -0`."""
+    command = [sys.executable, "-m", "vaecirc_fast.cli", "report", str(finished), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (1, "")
+
+
 def test_a_report_is_opened_on_request(finished, capsys, monkeypatch):
     import webbrowser
 

@@ -92,6 +92,16 @@ def test_cells(height, width, cell, count):
         assert labels[c, y, x] == y // cell * columns + x // cell
 
 
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3))
+def test_mosaic(height, width, rows, columns, count):
+    g = groups.mosaic(height, width, rows, columns, count)
+    check(g)
+    assert g.shape == (min(rows, height), min(columns, width))
+    sizes = {int(size) for size in (g.labels.view(count, height, width)[0, :, 0] // g.shape[1]).bincount()}
+    assert max(sizes) - min(sizes) <= 1
+    assert torch.equal(groups.mosaic(64, 64).labels, groups.cells(64, 64, 8).labels)
+
+
 def test_channels():
     g = groups.channels(3, 2, 4)
     check(g)

@@ -9,7 +9,7 @@ from . import errors, groups, ops
 from ._registry import backend, backends
 
 if TYPE_CHECKING:
-    from . import data, interventions, metrics, models, planted, report, studies, sweeps, training
+    from . import data, interventions, metrics, models, nn, planted, report, studies, sweeps, training
     from .interventions import latent_sweep, posterior_scale, wrap
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "latent_sweep",
     "metrics",
     "models",
+    "nn",
     "ops",
     "planted",
     "posterior_scale",
@@ -35,7 +36,7 @@ __version__ = "0.1.0"
 
 # Loaded when first used, so that `import vaecirc_fast` stays as quick as torch itself.
 _MODULES = frozenset(
-    {"data", "interventions", "metrics", "models", "planted", "report", "studies", "sweeps", "training"}
+    {"data", "interventions", "metrics", "models", "nn", "planted", "report", "studies", "sweeps", "training"}
 )
 _FUNCTIONS = {name: "interventions" for name in ("latent_sweep", "posterior_scale", "wrap")}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -33,11 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments[0] not in commands:
             raise InputError(f"command {arguments[0]!r} is unknown; known: {', '.join(commands)}")
-        return commands[arguments[0]](arguments[1:])
+        code = commands[arguments[0]](arguments[1:])
+        sys.stdout.flush()
+        return code
     except (InputError, MissingExtra) as error:
         return _fail(error, 2)
     except (TrainingDiverged, BackendError) as error:
         return _fail(error, 1)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted: finished steps are kept; the same command goes on from there", file=sys.stderr)
         return 130

@@ -88,12 +88,28 @@ def cells(height: int, width: int, cell: int, channels: int = 1) -> Groups:
     """
     if min(height, width, cell, channels) < 1:
         raise InputError(f"cells: sizes must be positive, got {height} x {width}, cell {cell}, channels {channels}")
-    rows, columns = -(-height // cell), -(-width // cell)
-    r = torch.arange(height) // cell
-    c = torch.arange(width) // cell
+    return _rectangles(torch.arange(height) // cell, torch.arange(width) // cell, channels)
+
+
+def _rectangles(r: Tensor, c: Tensor, channels: int) -> Groups:
+    """Cells from the cell row of each pixel row and the cell column of each pixel column."""
+    height, width, rows, columns = len(r), len(c), int(r[-1]) + 1, int(c[-1]) + 1
     labels = (r[:, None] * columns + c).expand(channels, height, width).reshape(-1)
     names = [f"cell {i},{j}" for i in range(rows) for j in range(columns)]
     return from_labels(labels, names, (rows, columns))
+
+
+def mosaic(height: int, width: int, rows: int = 8, columns: int = 8, channels: int = 1) -> Groups:
+    """A (channels, height, width) image cut into rows x columns cells, as equal as whole pixels allow, across channels.
+
+    A side with fewer pixels than cells gets a cell a pixel.
+    """
+    if min(height, width, rows, columns, channels) < 1:
+        raise InputError(
+            f"mosaic: sizes must be positive, got {height} x {width} in {rows} x {columns}, channels {channels}"
+        )
+    r, c = (torch.arange(n) * min(parts, n) // n for n, parts in ((height, rows), (width, columns)))
+    return _rectangles(r, c, channels)
 
 
 def channels(count: int, height: int, width: int) -> Groups:

@@ -604,6 +604,19 @@ def test_layers_that_train_are_refused_with_the_remedy(layer, named):
         sweep(layer.train(), codes(8))
 
 
+def test_a_layer_that_mixes_rows_is_refused():
+    module = nn.Sequential(nn.Linear(L, L), nn.BatchNorm1d(L, track_running_stats=False)).eval()
+    with pytest.raises(InputError, match=r"decoder: 1 \(BatchNorm1d\) keeps no running statistics"):
+        sweep(module, codes(8))
+
+
+def test_the_module_of_a_bound_method_is_looked_at():
+    module = nn.Sequential(nn.Linear(L, L), nn.Dropout(0.5))
+    with pytest.raises(InputError, match="is in train mode"):
+        sweep(module.forward, codes(8))
+    assert sweep(module.eval().forward, codes(8)).tensor.sum() > 0
+
+
 def test_a_module_in_train_mode_without_such_layers_is_fine():
     decoder = decoder_of("conv")
     assert torch.equal(sweep(decoder.train(), codes()).tensor, sweep(decoder.eval(), codes()).tensor)

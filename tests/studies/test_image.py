@@ -120,6 +120,15 @@ def test_a_result_is_strict_json_with_intervals_and_the_untrained_control(undist
         assert result["machine"]["version"] == vf.__version__ and result["machine"]["threads"] == 1
 
 
+def test_input_manipulations_lie_in_their_intervals(undisturbed):
+    for result in results(undisturbed).values():
+        for state in ("trained", "untrained"):
+            estimates = [
+                row[key] for row in result["inputs"][state]["sites"] for key in ("polysemanticity", "monosemantic")
+            ]
+            assert estimates and all(e["low"] <= e["value"] <= e["high"] for e in estimates if e["value"] is not None)
+
+
 def test_latents_are_a_row_each(undisturbed):
     columns = ["latent", "share", "active", "variance", "burda_active", "scale"]
     columns += [f"{metric}{end}" for metric in ("ces_posterior", "specificity") for end in ("", "_low", "_high")]
@@ -275,6 +284,13 @@ def test_other_images_under_the_same_name_change_every_id(tmp_path):
         for folder in ("mine", "copy", "yours")
     )
     assert mine == copy and not mine & yours
+
+
+def test_a_root_is_for_the_data_that_are_read_from_files(tmp_path):
+    c = config(tmp_path, data=["dsprites", "digits"], data_root=tmp_path)
+    sets = {name: data.load(name) for name in c.data}
+    official = {r["data"]: r["official"] for _, r in image.plan(c, CPU, sets)}
+    assert official == {"dsprites": True, "digits": False}
 
 
 def test_what_changes_no_numbers_changes_no_id():
@@ -523,7 +539,7 @@ def test_a_missing_file_is_named(tmp_path):
         ({"lr": math.inf}, "lr: expected a positive number, got inf"),
         ({"beta": -1.0}, "beta: expected a positive number, got -1"),
         ({"beta": math.nan, "architectures": ["vae"]}, "beta: expected a positive number, got nan"),
-        ({"data_root": "/nowhere"}, "digits ships with scikit-learn and takes no root"),
+        ({"data_root": "/nowhere"}, "data_root: none of digits is read from files"),
         ({"data": ["dsprites"], "data_root": "/nowhere"}, "/nowhere"),
     ],
 )

@@ -73,6 +73,15 @@ def test_a_run_is_done_when_its_result_is_written(tmp_path):
     assert sorted(path.name for path in run.path.iterdir()) == ["config.json", "result.json"]
 
 
+def test_what_killed_writers_left_is_cleared(tmp_path):
+    run = RunStore(tmp_path).run("a", {"x": 1})
+    run.begin()
+    stray = run.path / ".checkpoint.1.abcd.tmp"
+    stray.write_text("half")
+    run.begin()
+    assert [path.name for path in run.path.iterdir()] == ["config.json"]
+
+
 def test_tuples_come_back_as_the_lists_of_json(tmp_path):
     run = finished(tmp_path, config={"shape": (1, 8, 8)})
     assert run.result()["config"] == {"shape": [1, 8, 8]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,9 +12,9 @@ from .digits import Digits
 from .dsprites import DSprites
 from .folder import Folder
 
-__all__ = ["Dataset", "load", "names"]
+__all__ = ["Dataset", "load", "names", "takes_root"]
 
-_DATASETS: dict[str, Callable[..., Dataset]] = {"dsprites": DSprites, "digits": Digits, "folder": Folder}
+_DATASETS: dict[str, type[Dataset]] = {"dsprites": DSprites, "digits": Digits, "folder": Folder}
 
 
 def names() -> tuple[str, ...]:
@@ -27,4 +26,10 @@ def load(name: str, root: str | Path | None = None, device: str | torch.device =
     """The data set `name` on `device`; `root` is the directory of the official files, where a data set has any."""
     if name not in _DATASETS:
         raise InputError(f"data set {name!r} is unknown; known: {', '.join(_DATASETS)}")
-    return _DATASETS[name](root=root, device=device)
+    # Every data set takes these two; the base class needs no root.
+    return _DATASETS[name](root=root, device=device)  # pyright: ignore[reportCallIssue]
+
+
+def takes_root(name: str) -> bool:
+    """Whether the data set `name` can be read from files under a root."""
+    return name in _DATASETS and _DATASETS[name].takes_root

@@ -16,8 +16,9 @@ class Dataset:
 
     Attributes: `name`; `shape` (C, H, W); `factor_names` and `factor_sizes` (K each); `complete`: whether every
     combination of factors occurs exactly once, so that factors determine the index; `likelihood` that suits the pixels,
-    and `trials`, how many binary pixels a grey value is the mean of; `device` of what is returned; `contents`, a digest
-    of the user's own files where the name alone does not say what the images are.
+    and `trials`, how many binary pixels a grey value is the mean of; `device` of what is returned; `takes_root`,
+    whether it can be read from files; `contents`, a digest of the user's own files where the name alone does not say
+    what the images are.
     A subclass gives `_render` and, where the factors are no full grid, `factors` and `__len__`.
     """
 
@@ -28,6 +29,7 @@ class Dataset:
     complete: bool = True
     trials: int = 1
     likelihood: str = "bernoulli"
+    takes_root: bool = True
     contents: str = ""
 
     def __init__(self, device: str | torch.device = "cpu"):

@@ -26,6 +26,7 @@ class Digits(Dataset):
     complete = False
     likelihood = "bernoulli"
     trials = 16
+    takes_root = False
 
     def __init__(self, root: str | Path | None = None, device: str | torch.device = "cpu"):
         super().__init__(device)

@@ -78,8 +78,9 @@ def latent_sweep(
     for name, count, least in (("draws", draws, 1), ("replicates", replicates, 0), ("tile", tile, 1)):
         if not (isinstance(count, int) and count >= least or name == "tile" and count is None):
             raise InputError(f"{name}: expected an integer of at least {least}, got {count!r}")
-    if isinstance(decoder, nn.Module):
-        _refuse_train_mode(decoder)
+    owner = getattr(decoder, "__self__", decoder)  # of a bound method, such as model.decode
+    if isinstance(owner, nn.Module):
+        _refuse_train_mode(owner)
     started = time.perf_counter()
     spec = grids.make(grid, z, scale, seed, draws)
     call = getattr(decoder, "logits", None) if on == "logits" or effect == "logit_mse" else decoder
@@ -224,6 +225,11 @@ def _check_sweep(z: Tensor, effect: str, reduce: str | None, on: str, groups: Gr
 
 def _refuse_train_mode(decoder: nn.Module) -> None:
     for name, module in decoder.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise InputError(
+                f"decoder: {name or 'it'} ({type(module).__name__}) keeps no running statistics, so a row's output "
+                "would depend on the rows beside it"
+            )
         if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
             raise InputError(
                 f"decoder: {name or 'it'} ({type(module).__name__}) is in train mode, so outputs would be random or "

@@ -192,7 +192,7 @@ def bootstrap(
 
 
 def percentile_interval(replicates: Any, level: float = 0.95, centre: float | None = None) -> tuple[float, float]:
-    """The central `level` of bootstrap `replicates` (R,), linearly interpolated.
+    """The central `level` of bootstrap `replicates` (R,): the p-quantile of R is their (R + 1) p-th smallest.
 
     With `centre` the replicates are shifted to have that mean: for statistics that are biased upward by ties, as
     mutual information is, the raw percentiles may not even contain the estimate. Raises InputError on none or NaN.
@@ -200,7 +200,8 @@ def percentile_interval(replicates: Any, level: float = 0.95, centre: float | No
     _level(level)
     replicates = _finite("replicates", replicates)
     shift = 0.0 if centre is None else centre - float(replicates.mean())
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    # The usual (R - 1) p + 1 covers a hundredth less at R = 200.
+    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2], method="weibull")
     return float(low) + shift, float(high) + shift
 
 

@@ -2,5 +2,18 @@
 
 from .effect_reduction import effect_reduction
 from .render_sprites import render_sprites
+from .sparse_adam import sparse_adam
+from .sparse_decode import sparse_decode
+from .threshold_encode import threshold_encode
+from .topk import topk
+from .topk_encode import topk_encode
 
-__all__ = ["effect_reduction", "render_sprites"]
+__all__ = [
+    "effect_reduction",
+    "render_sprites",
+    "sparse_adam",
+    "sparse_decode",
+    "threshold_encode",
+    "topk",
+    "topk_encode",
+]

@@ -220,7 +220,7 @@ _SETTINGS = {
     "steps": "training steps",
     "batch_size": "images a step",
     "lr": "learning rate (Adam)",
-    "precision": "precision",
+    "precision": "precision asked for",
     "images": "images judged on, at most",
     "sweep_images": "images swept",
     "pairs": "pairs of images, input manipulation",
@@ -254,6 +254,7 @@ def machines(runs: Sequence[Run]) -> list[tuple[str, str]]:
         "device": "processor",
         "instruction_set": "instruction set",
         "threads": "threads",
+        "precision": "precision used",
     }
     found = [run.result.get("machine", {}) for run in runs]
     rows = []

@@ -26,7 +26,7 @@ from ..training.settings import checked_settings
 from .manipulation import manipulate
 from .measuring import DEFINITIONS, measure
 
-PROTOCOL = 2  # part of every run's id: raised when the same configuration would give other numbers
+PROTOCOL = 3  # part of every run's id: raised when the same configuration would give other numbers
 CHECKPOINT_EVERY = 250  # steps; what a kill can cost
 MINIMUM = {"images": 2, "sweep_images": 2, "pairs": 4}
 EVALUATION_SEED = 2025  # the images that models are judged on, the same for every model of a data set
@@ -40,7 +40,7 @@ class Config:
     seeds 0, 1, ... latents: L. net: "conv" or "mlp". beta: of beta_vae. steps: training steps of `batch_size` images at
     learning rate `lr`. precision: "auto", "fp32" or "bf16". images: how many a model is judged on; pairs: of inputs for
     level 1; sweep_images: how many of them its latents are swept on. device: "auto", "cpu" or "cuda". data_root:
-    directory of official files, if any.
+    directory of official files, if any, for the data sets that are read from files.
     only: shell-style patterns of run names such as "dsprites-beta_vae-s0"; all runs if empty.
     """
 
@@ -109,7 +109,7 @@ def run(config: Config, progress: bool = True) -> Path:
     """
     device = _checked(config)
     store = RunStore(config.out)
-    sets = {name: data.load(name, root=config.data_root, device=device) for name in config.data}
+    sets = {name: data.load(name, root=_root(config, name), device=device) for name in config.data}
     planned = plan(config, device, sets)
     for _, c in planned:
         _check_training(c, sets[c["data"]], device)
@@ -135,7 +135,7 @@ def plan(config: Config, device: torch.device, sets: Mapping[str, data.Dataset])
                     "study": "image",
                     "protocol": PROTOCOL,
                     "data": name,
-                    "official": config.data_root is not None,
+                    "official": _root(config, name) is not None,
                     **({"contents": sets[name].contents} if sets[name].contents else {}),
                     "architecture": architecture,
                     "options": {"beta": config.beta} if architecture == "beta_vae" else {},
@@ -208,6 +208,11 @@ def build(c: Mapping[str, Any], ds: data.Dataset, device: torch.device) -> model
     return models.build(c["architecture"], ds.shape, **options, **c["options"]).to(device)
 
 
+def _root(config: Config, name: str) -> Path | None:
+    """Where the data set's files are; those that have none go on without."""
+    return config.data_root if data.takes_root(name) else None
+
+
 def _check_training(c: Mapping[str, Any], ds: data.Dataset, device: torch.device) -> None:
     """InputError for what the model or its training would refuse."""
     given = {key: c[key] for key in ("steps", "batch_size", "seed", "lr", "precision")}
@@ -237,6 +242,8 @@ def _checked(config: Config) -> torch.device:
             raise InputError(f"{key}: expected a positive number, got {getattr(config, key)}")
     if not config.data or not config.architectures:
         raise InputError("data, architectures: expected at least one of each")
+    if config.data_root is not None and not any(data.takes_root(name) for name in config.data):
+        raise InputError(f"data_root: none of {', '.join(config.data)} is read from files")
     if config.device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device: expected auto, cpu or cuda, got {config.device!r}")
     if config.device == "cuda" and not torch.cuda.is_available():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import metrics
 from ..data import Dataset
-from ..groups import Groups, cells
+from ..groups import Groups, mosaic
 from ..interventions import Effects, latent_sweep
 from ..models import VAE
 
@@ -48,9 +48,9 @@ class Measurement:
 
 
 def image_cells(shape: tuple[int, int, int]) -> Groups:
-    """The groups of an image study: an 8 x 8 mosaic of square cells across all channels."""
+    """The groups of an image study: an 8 x 8 mosaic of cells across all channels."""
     channels, height, width = shape
-    return cells(height, width, max(1, max(height, width) // 8), channels)
+    return mosaic(height, width, channels=channels)
 
 
 @torch.no_grad()

@@ -29,7 +29,12 @@ class RunDirectory:
         return (self.path / "result.json").exists()
 
     def begin(self) -> None:
-        """Make the directory and write config.json; InputError if the directory holds a run of another config."""
+        """Make the directory and write config.json; InputError if the directory holds a run of another config.
+
+        What killed writers left is deleted: the caller holds the store's lock, so nobody is writing here.
+        """
+        for temporary in self.path.glob(".*.tmp"):
+            temporary.unlink(missing_ok=True)
         file = self.path / "config.json"
         if file.exists():
             if read_json(file) != _plain(self.config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +19,8 @@ from ._library import LIBRARY, is_plain_call, is_traced
 from .topk import checked, count_of, entries
 
 TILE_BYTES = 1 << 20  # of products on the CPU: what stays in cache between their GEMM and their selection ...
-TILE_ROWS = 256  # ... but at least so many rows, or the GEMM would read the weights too often
+TILE_ROWS = 128  # ... but at least so many rows, or the GEMM would read the weights too often
+PACKED_ROWS = 512  # from which packing the weights for the GEMM pays
 
 
 class Encoded(NamedTuple):
@@ -55,7 +57,7 @@ def topk_encode(
     """The k largest latents act(x @ w_enc.T + b_enc) of each row, without the (B, M) matrix of all of them.
 
     x: (..., D), float32, bfloat16, float16 or float64; w_enc: (M, D) as of nn.Linear, in any memory order (the view
-    W.T of a (D, M) matrix is used without a copy); b_enc: (M,) or None. One dtype and device.
+    W.T of a (D, M) matrix is used as it is); b_enc: (M,) or None. One dtype and device.
     k: 1 <= k <= M, an integer, or an integer tensor of one element together with k_max, which may change without
     recompiling. k_max: how many entries a row has; k by default.
     activation: "relu" or "identity". relu(NaN) is NaN. With fewer than k positive latents, zeros fill up, from the
@@ -337,14 +339,40 @@ torch.library.register_vmap(
 # --- C++ -------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def packed_linear() -> tuple[Callable, Callable] | None:
+    """oneDNN's (pack(w, rows), linear(x, packed, bias, activation, ...)), or None: torch promises neither.
+
+    Where both are there, float32 products take half the time of torch.mm's.
+    """
+    try:
+        pack, linear = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+        x, w = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+        right = torch.equal(linear(x, pack(w, 2), None, "none", [], ""), x @ w.T)
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    return (pack, linear) if right else None
+
+
 def products(x: Tensor, w_enc: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """x @ w_enc.T a tile of rows at a time, as the C++ kernel selects from it: (first row, (rows, M)) in one buffer."""
+    """x @ w_enc.T a tile of rows at a time, as the C++ kernel selects from it: (first row, (rows, M)).
+
+    A tile is valid until the next is asked for.
+    """
     rows, M = x.shape[0], w_enc.shape[0]
+    size = max(1, min(rows, max(TILE_ROWS, TILE_BYTES // (M * x.element_size()))))
+    tiles = range(0, rows, size)
+    found = packed_linear() if x.dtype == torch.float32 and rows >= PACKED_ROWS else None
+    if found is not None and torch.backends.mkldnn.enabled:  # pyright: ignore[reportAttributeAccessIssue]
+        pack, linear = found
+        packed = pack(w_enc, size)
+        for start in tiles:
+            yield start, linear(x[start : start + size], packed, None, "none", [], "")
+        return
     if 1 not in w_enc.stride():
         w_enc = w_enc.contiguous()  # or every tile's GEMM would copy it
-    size = min(rows, max(TILE_ROWS, TILE_BYTES // (M * x.element_size())))
     buffer = torch.empty(size, M, dtype=x.dtype)
-    for start in range(0, rows, max(1, size)):
+    for start in tiles:
         part = x[start : start + size]
         yield start, torch.mm(part, w_enc.t(), out=buffer[: part.shape[0]])
 

@@ -14,6 +14,7 @@ from close import assert_close, assert_gradient_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import FLOATS
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import vaecirc_fast as vf
 from vaecirc_fast import _native, _registry
@@ -443,7 +444,7 @@ def test_the_registered_op_is_the_op(backend):
 def check_compiled(backend, compiler):
     """20 values of k, forward and backward, and one compilation."""
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+    counter = CompileCounterWithBackend(compiler)
     dead = deads(60, 0.3).to(backend.device)
 
     def op(x, w, b, k):

@@ -13,6 +13,7 @@ from backends import ALL, CPP, one_of_each, parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import FLOATS
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import vaecirc_fast as vf
 from vaecirc_fast import _native, _registry
@@ -330,7 +331,7 @@ def test_the_registered_op_is_the_op(backend):
 def check_compiled(backend, compiler):
     """20 values of k, forward and backward, and one compilation of each."""
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+    counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(lambda a, k: vf.ops.topk(a * 1, k, k_max=20), fullgraph=True, backend=counter)
     a = rows("ties", 3, 300)
     for k in range(1, 21):

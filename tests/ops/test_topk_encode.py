@@ -14,6 +14,7 @@ from close import assert_close, assert_gradient_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import FLOATS
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import vaecirc_fast as vf
 from vaecirc_fast import _native, _registry
@@ -232,6 +233,36 @@ def test_the_threshold_of_a_batch_rises_tile_by_tile(backend):
             check_batch(act, run(backend, x, w, None, k, activation=activation, scope="batch"), k, torch.float32)
 
 
+@pytest.mark.parametrize("rows", [40, 1000])
+def test_nan_and_infinity_reach_their_row_only(backend, rows):
+    x, w, b = inputs(rows, 8, 100, whole=True)
+    clean = run(backend, x, w, b, 9)
+    for spoilt in (NAN, INF):
+        x[7, 3], x[rows - 2, 0] = spoilt, spoilt
+        others = torch.ones(rows, dtype=torch.bool).index_fill(0, torch.tensor([7, rows - 2]), False)
+        got = run(backend, x, w, b, 9)
+        assert_equal([part[others] for part in got], [part[others] for part in clean])
+        act = reference.activations(x, w, b, 0)[~others]
+        check_row(act, [part[~others] for part in got], 9, torch.float32)
+
+
+@one_of_each
+def test_the_products_of_onednn_and_plain_ones_agree(backend, monkeypatch):
+    """Whole numbers: both are exact."""
+    for layout in (lambda w: w, lambda w: w.T.contiguous().T, lambda w: w.repeat_interleave(2, 1)[:, ::2]):
+        x, w, b = inputs(259, 8, 100, whole=True)
+        found = run(backend, x, layout(w), b, 9)
+        enabled, *_ = torch.backends.mkldnn.set_flags(False)
+        try:
+            plain = run(backend, x, layout(w), b, 9)
+        finally:
+            torch.backends.mkldnn.set_flags(enabled)
+        assert_equal(found, plain)
+        monkeypatch.setattr(_product, "_onednn", lambda: None)
+        assert_equal(run(backend, x, layout(w), b, 9), plain)
+        monkeypatch.undo()
+
+
 @one_of_each
 def test_shapes_and_layouts(backend):
     x, w, b = inputs(24, 6, 40, whole=True)
@@ -412,7 +443,7 @@ def test_the_registered_op_is_the_op(backend):
 def check_compiled(backend, compiler):
     """20 values of k, forward and backward, and one compilation."""
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+    counter = CompileCounterWithBackend(compiler)
     dead = deads(60, 0.3).to(backend.device)
 
     def op(x, w, b, k):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,12 +12,23 @@ from torch import Tensor
 from ._library import is_traced
 
 
+@functools.cache
+def _onednn() -> Callable | None:
+    """oneDNN's linear(x, w, bias, activation, ...) where torch has it and it is what we take it for."""
+    try:
+        call = torch.ops.mkldnn._linear_pointwise
+        x, w = torch.arange(6.0, device="cpu").view(2, 3), torch.arange(12.0, device="cpu").view(4, 3)
+        return call if torch.equal(call(x, w, None, "none", [], ""), x @ w.T) else None
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+
+
 def linear(x: Tensor, w: Tensor) -> Tensor:
     """x (B, D), w (M, D), any strides -> x w', (B, M), new and contiguous. Rows do not depend on their neighbours."""
-    if 0 in x.shape or 0 in w.shape:  # oneDNN refuses some of these
-        return torch.mm(x, w.T)
-    if x.dtype == torch.float32 and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available():  # pyright: ignore[reportAttributeAccessIssue]
-        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    if x.dtype == torch.float32 and x.numel() and w.numel():  # oneDNN refuses some empty ones
+        call = _onednn() if torch.backends.mkldnn.enabled else None  # pyright: ignore[reportAttributeAccessIssue]
+        if call is not None:
+            return call(x, w, None, "none", [], "")
     return torch.mm(x, w.T)
 
 

@@ -20,7 +20,7 @@ from .sparse_decode import accumulate, gather
 from .topk import checked, count_of, entries
 
 TILE_BYTES = 1 << 20  # of products on the CPU: what stays in cache between their GEMM and their selection ...
-TILE_ROWS = 256  # ... but at least so many rows, or the GEMM would read the weights too often
+TILE_ROWS = 128  # ... but at least so many rows, or the GEMM would read the weights too often
 
 
 class Encoded(NamedTuple):
@@ -57,7 +57,7 @@ def topk_encode(
     """The k largest latents act(x @ w_enc.T + b_enc) of each row, without the (B, M) matrix of all of them.
 
     x: (..., D), float32, bfloat16, float16 or float64; w_enc: (M, D) as of nn.Linear, in any memory order (the view
-    W.T of a (D, M) matrix is used without a copy); b_enc: (M,) or None. One dtype and device.
+    W.T of a (D, M) matrix is used as it is); b_enc: (M,) or None. One dtype and device.
     k: 1 <= k <= M, an integer, or an integer tensor of one element together with k_max, which may change without
     recompiling. k_max: how many entries a row has; k by default.
     activation: "relu" or "identity". relu(NaN) is NaN. With fewer than k positive latents, zeros fill up, from the
@@ -340,8 +340,8 @@ def products(x: Tensor, w_enc: Tensor) -> Iterator[tuple[int, Tensor]]:
     rows, M = x.shape[0], w_enc.shape[0]
     if 1 not in w_enc.stride():
         w_enc = w_enc.contiguous()  # or every tile's GEMM would copy it
-    size = min(rows, max(TILE_ROWS, TILE_BYTES // (M * x.element_size())))
-    for start in range(0, rows, max(1, size)):
+    size = max(1, min(rows, max(TILE_ROWS, TILE_BYTES // (M * x.element_size()))))
+    for start in range(0, rows, size):
         yield start, linear(x[start : start + size], w_enc)
 
 
@@ -429,13 +429,19 @@ def _load_cpp():
     return {"topk_encode": _cpp_forward, "batch_topk_encode": _cpp_batch}
 
 
+def _load_triton():
+    from ..triton_kernels import topk_encode as kernels  # pyright: ignore[reportMissingImports]
+
+    return {"topk_encode": kernels.forward, "batch_topk_encode": kernels.batch}
+
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROW = _registry.Row(
     "topk_encode",
     cells={
         "reference": _registry.Kernel(_load_reference, ("cpu", "cuda"), _FLOATS, _registry.always),
         "cpp": _registry.Kernel(_load_cpp, ("cpu",), (torch.float32, torch.bfloat16), _registry.cpp_reason),
-        "triton": _registry.Absent("is being written"),
+        "triton": _registry.Kernel(_load_triton, ("cpu", "cuda"), _FLOATS[:3], _registry.triton_reason),
         "cuda": _registry.Absent("is not written: Triton is meant to be at the GEMM's speed; not measured"),
     },
     order={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},

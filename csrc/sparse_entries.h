@@ -97,7 +97,7 @@ struct Columns {
     float value(int64_t i) const { return values[i]; }
 };
 
-constexpr int64_t AHEAD = 8;  // entries that are prefetched: so many ats lie, readable, behind every list's end
+constexpr int64_t AHEAD = 8;  // how far prefetching looks: so many ats lie, readable, behind every list's end
 
 // N vectors of the sum of value * rows[at]. WAYS sums run side by side, since one would wait for each of its additions.
 template <class T, int N, int WAYS, class List>
@@ -111,9 +111,10 @@ INLINE void sum_block(const List& list, const T* rows, int64_t D, const T* start
         for (int way = 0; way < WAYS; ++way) {
             const float value = list.value(i + way);
             const T* row = rows + list.at(i + way) * D;
+            // Its first quarter, which sets the processor's own prefetching going.
             const char* ahead = (const char*)(rows + list.at(i + way + AHEAD) * D);
 #pragma GCC unroll 16
-            for (int line = 0; line < N * WIDTH * (int)sizeof(T); line += 64) __builtin_prefetch(ahead + line);
+            for (int line = 0; line < N * WIDTH * (int)sizeof(T) / 4; line += 64) __builtin_prefetch(ahead + line);
 #pragma GCC unroll 16
             for (int v = 0; v < N; ++v) sum[way][v] += value * load(row + v * WIDTH);
         }

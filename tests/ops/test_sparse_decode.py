@@ -217,6 +217,18 @@ def test_values(backend, case):
         check(problem(*CASES[case], bias=bias, target=target), backend)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("zeros", [0.0, 0.01])
+def test_many_entries(backend, dtype, zeros):
+    """C++ looks at about 1,024 entries at once: with none that is 0 it reads them in place, but for the last."""
+    if runs(backend, dtype):
+        for rows in ((70, 33), (2, 1030), [1100, 3, 0, 40, 1, 900], [40] * 60):
+            for width in (20, 3):
+                p = problem(rows, 25, width, dtype, zeros=zeros)
+                check(p, backend)
+                check_gradients(p, backend)
+
+
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
 @pytest.mark.parametrize("case", ["odd", "every block and a rest", "one column", "lengths", "no rows"])
 def test_values_in_other_dtypes(backend, case, dtype):
@@ -799,7 +811,7 @@ for name in _native.cpp().instruction_sets():
     _native.cpp().set_instruction_set(name)
     for dtype in (torch.float32, torch.bfloat16):
         for width in (1, 3, 8, 15, 16, 17, 64, 77, 150):
-            for rows in ((3, 5), (2, 16), (1, 37), [3, 0, 21]):
+            for rows in ((3, 5), (2, 16), (1, 37), [3, 0, 21], (70, 16)):
                 count = rows[0] if isinstance(rows, tuple) else len(rows)
                 shape = rows if isinstance(rows, tuple) else (sum(rows),)
                 offsets = None if shape == rows else torch.tensor([0, *rows]).cumsum(0).int()

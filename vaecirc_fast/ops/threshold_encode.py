@@ -273,14 +273,20 @@ def _load_cpp():
     return {"threshold_encode": _cpp_forward, "threshold_encode_backward": _cpp_backward}
 
 
+def _load_triton():
+    from ..triton_kernels import threshold_encode as kernels  # pyright: ignore[reportMissingImports]
+
+    return {"threshold_encode": kernels.forward, "threshold_encode_backward": reference.backward}
+
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROW = _registry.Row(
     "threshold_encode",
     cells={
         "reference": _registry.Kernel(_load_reference, ("cpu", "cuda"), _FLOATS, _registry.always),
         "cpp": _registry.Kernel(_load_cpp, ("cpu",), (torch.float32,), _registry.cpp_reason),
-        "triton": _registry.Absent("is being written"),
+        "triton": _registry.Kernel(_load_triton, ("cpu", "cuda"), _FLOATS[:3], _registry.triton_reason),
         "cuda": _registry.Absent("is not written: the product is the work, and Triton reaches the tensor cores"),
     },
-    order={"cpu": ("cpp", "reference"), "cuda": ("reference",)},
+    order={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
 )

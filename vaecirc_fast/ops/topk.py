@@ -248,13 +248,19 @@ def _load_cpp():
     return {"topk": _cpp_forward, "topk_backward": _cpp_backward}
 
 
+def _load_triton():
+    from ..triton_kernels import topk as kernels  # pyright: ignore[reportMissingImports]
+
+    return {"topk": kernels.forward, "topk_backward": kernels.backward}
+
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROW = _registry.Row(
     "topk",
     cells={
         "reference": _registry.Kernel(_load_reference, ("cpu", "cuda"), _FLOATS, _registry.always),
         "cpp": _registry.Kernel(_load_cpp, ("cpu",), (torch.float32, torch.bfloat16), _registry.cpp_reason),
-        "triton": _registry.Absent("is being written"),
+        "triton": _registry.Kernel(_load_triton, ("cpu", "cuda"), _FLOATS[:3], _registry.triton_reason),
         "cuda": _registry.Absent("is not written: Triton is meant to be at the memory's speed; not measured"),
     },
     order={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},

@@ -429,13 +429,19 @@ def _load_cpp():
     return {"topk_encode": _cpp_forward, "batch_topk_encode": _cpp_batch}
 
 
+def _load_triton():
+    from ..triton_kernels import topk_encode as kernels  # pyright: ignore[reportMissingImports]
+
+    return {"topk_encode": kernels.forward, "batch_topk_encode": kernels.batch}
+
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROW = _registry.Row(
     "topk_encode",
     cells={
         "reference": _registry.Kernel(_load_reference, ("cpu", "cuda"), _FLOATS, _registry.always),
         "cpp": _registry.Kernel(_load_cpp, ("cpu",), (torch.float32, torch.bfloat16), _registry.cpp_reason),
-        "triton": _registry.Absent("is being written"),
+        "triton": _registry.Kernel(_load_triton, ("cpu", "cuda"), _FLOATS[:3], _registry.triton_reason),
         "cuda": _registry.Absent("is not written: Triton is meant to be at the GEMM's speed; not measured"),
     },
     order={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},

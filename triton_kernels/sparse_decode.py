@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .topk import round_to
+
 
 @triton.jit
 def _span(offsets, row, K):
@@ -57,13 +59,13 @@ def _sparse_decode_kernel(
         out = tl.sum(total, 0)
         if b_dec is not None:
             out += tl.load(b_dec + d, mask=d < D, other=0.0).to(WORKING)
-        rounded = out.to(y.dtype.element_ty)
+        rounded = round_to(out, y)
         tl.store(y + row * D + d, rounded, mask=d < D)
         if target is not None:
             difference = rounded.to(WORKING) - tl.load(target + row * D + d, mask=d < D, other=0.0).to(WORKING)
             square += tl.where(d < D, difference * difference, 0.0)
     if target is not None:
-        tl.store(error + row, tl.sum(square).to(error.dtype.element_ty))
+        tl.store(error + row, round_to(tl.sum(square), error))
 
 
 @triton.jit
@@ -95,7 +97,7 @@ def _values_kernel(
             # Where an entry is skipped, not even a NaN in g counts.
             product = x * tl.load(g + row * D + d, mask=d < D, other=0.0).to(WORKING)[None, :]
             total += tl.where(there[:, None], product, 0.0)
-        tl.store(out + entry + j, tl.sum(total, 1).to(out.dtype.element_ty), mask=entry + j < end)
+        tl.store(out + entry + j, round_to(tl.sum(total, 1), out), mask=entry + j < end)
 
 
 @triton.jit
@@ -132,9 +134,9 @@ def _accumulate_kernel(
         x = tl.load(g + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(WORKING)
         total += v[:, None] * x
         plain += v
-    tl.store(out + m * D + d, tl.sum(total, 0).to(out.dtype.element_ty), mask=d < D)
+    tl.store(out + m * D + d, round_to(tl.sum(total, 0), out), mask=d < D)
     if tl.program_id(1) == 0:
-        tl.store(sums + m, tl.sum(plain).to(sums.dtype.element_ty))
+        tl.store(sums + m, round_to(tl.sum(plain), sums))
 
 
 def _blocks(D):

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .topk import round_to
 from .topk_encode import linear_tile, product_blocks
 
 # Numbers of the kinds; the order of KINDS in the reference.
@@ -26,7 +27,7 @@ def _finish(pre, threshold, acts, penalty, l0, fired, row, m, block, B, M, KIND:
     else:
         a = tl.where(pre <= t, 0.0, pre)
     inside = (row < B)[:, None] & (m < M)[None, :]
-    a = tl.where(inside, a, 0.0).to(acts.dtype.element_ty)
+    a = round_to(tl.where(inside, a, 0.0), acts)
     tl.store(acts + row.to(tl.int64)[:, None] * M + m[None, :], a, mask=inside)
     a = a.to(tl.float32)  # what is counted is what was stored
     at = block.to(tl.int64) * B + row

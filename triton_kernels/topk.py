@@ -17,6 +17,18 @@ PROGRAMS = 1024  # of the streaming kernel: enough for any GPU, few enough that 
 INFINITE = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # the bits of infinity
 MASK = {torch.float32: 0x7FFFFFFF, torch.bfloat16: 0x7FFF, torch.float16: 0x7FFF}  # of the magnitude: the key of NaN
 BITS = {4: torch.int32, 2: torch.int16}
+INTERPRETED = tl.constexpr(not isinstance(tl.sum, triton.runtime.JITFunction))
+
+
+@triton.jit
+def round_to(x, pointer):
+    """x in the type that `pointer` points to. The interpreter cuts float32 to bfloat16 where a GPU rounds it."""
+    if INTERPRETED:
+        if pointer.dtype.element_ty == tl.bfloat16:
+            bits = x.to(tl.int32, bitcast=True)
+            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+            x = tl.where(x != x, x, nearest.to(tl.float32, bitcast=True))
+    return x.to(pointer.dtype.element_ty)
 
 
 @triton.jit
@@ -95,7 +107,7 @@ def _put(
     if RELU:
         bits = tl.where(key == 0, 0, bits)
     if values.dtype.element_ty.is_floating():
-        bits = bits.to(tl.float32, bitcast=True).to(values.dtype.element_ty)
+        bits = round_to(bits.to(tl.float32, bitcast=True), values)
     tl.store(values + place, bits, mask=chosen)
     tl.store(indices + place, column, mask=chosen)
     if fired is not None:

@@ -21,6 +21,7 @@ from .topk import (
     load_k,
     load_key,
     pad,
+    round_to,
     rows_per_program,
     select_row,
 )
@@ -88,7 +89,7 @@ def _select_tile(keys, row, m, k, k_max, values, indices, B, MASK: tl.constexpr)
     chosen, place = first_k(keys, kth_largest(keys, k, MASK), k)
     chosen = chosen & (row < B)[:, None]
     row = row.to(tl.int64)[:, None]
-    tl.store((values + row * k_max) + place, _number(keys).to(values.dtype.element_ty), mask=chosen)
+    tl.store((values + row * k_max) + place, round_to(_number(keys), values), mask=chosen)
     tl.store((indices + row * k_max) + place, m[None, :] + tl.zeros(keys.shape, tl.int32), mask=chosen)
     pad(values, indices, row, row < B, k, k_max)
     return chosen

@@ -188,21 +188,32 @@ def _run_batch(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int, activatio
 
 
 def _sparse_gradients(
-    grad_values: Tensor, indices: Tensor, x: Tensor, w_enc: Tensor, offsets: Tensor | None
+    grad_values: Tensor, indices: Tensor, x: Tensor, w_enc: Tensor, offsets: Tensor | None, of_x: bool, of_weights: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, w_enc and b_enc from those of the chosen values before the activation."""
+    """Gradients of x, w_enc and b_enc from those of the chosen values before the activation; empty if not asked for."""
     ops = torch.ops.vaecirc_fast
-    if hasattr(ops, "sparse_decode") and hasattr(ops, "sparse_accumulate"):
+    grad_x = grad_w = grad_b = x.new_empty(0)
+    if not (hasattr(ops, "sparse_decode") and hasattr(ops, "sparse_accumulate")):
+        return reference.backward(grad_values, indices, x, w_enc, offsets)
+    if of_x:
         grad_x, _ = ops.sparse_decode(grad_values, indices, w_enc, None, offsets, None)
+    if of_weights:
         grad_w, grad_b = ops.sparse_accumulate(grad_values, indices, x, w_enc.shape[0], offsets)
-        return grad_x, grad_w, grad_b
-    return reference.backward(grad_values, indices, x, w_enc, offsets)
+    return grad_x, grad_w, grad_b
+
+
+def _gradients(ctx: Any, grad: Tensor, indices: Tensor, x: Tensor, w_enc: Tensor, offsets: Tensor | None):
+    """The gradients that are needed of x, w_enc and b_enc; None for the others."""
+    needed = ctx.needs_input_grad[:3]
+    with _registry.backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
+        call = _sparse_gradients if is_traced(*_given(grad, indices, x, w_enc, offsets)) else _GradientFunction.apply
+        grads = call(grad, indices, x, w_enc, offsets, needed[0], needed[1] or needed[2])
+    return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, w_enc, b_enc, k, _, ctx.activation, _, dead, _ = inputs
+    x, w_enc, _, k, _, ctx.activation, _, dead, _ = inputs
     values, indices, fired, aux_values, aux_indices = output
-    ctx.biased = b_enc is not None
     ctx.save_for_backward(x, w_enc, k, dead, values, indices, aux_values, aux_indices)
     ctx.mark_non_differentiable(indices, fired, aux_indices)
     ctx.forced = _registry.forced()
@@ -222,15 +233,12 @@ def _backward(ctx: Any, *grads: Tensor):
     if dead is not None:
         grad_aux = _passed(grad_aux, aux_values, dead.sum(), ctx.activation)
         grad, indices = torch.cat([grad, grad_aux], 1), torch.cat([indices, aux_indices], 1)
-    with _registry.backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
-        grad_x, grad_w, grad_b = _sparse_gradients(grad, indices, x, w_enc, None)
-    return grad_x, grad_w, grad_b if ctx.biased else None, None, None, None, None, None, None
+    return *_gradients(ctx, grad, indices, x, w_enc, None), None, None, None, None, None, None
 
 
 def _setup_batch_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, w_enc, b_enc, _, ctx.activation = inputs
+    x, w_enc, _, _, ctx.activation = inputs
     values, indices, offsets = output
-    ctx.biased = b_enc is not None
     ctx.save_for_backward(x, w_enc, values, indices, offsets)
     ctx.mark_non_differentiable(indices, offsets)
     ctx.forced = _registry.forced()
@@ -239,9 +247,7 @@ def _setup_batch_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _batch_backward(ctx: Any, *grads: Tensor):
     x, w_enc, values, indices, offsets = ctx.saved_tensors
     grad = _passed(grads[0], values, None, ctx.activation)
-    with _registry.backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
-        grad_x, grad_w, grad_b = _sparse_gradients(grad, indices, x, w_enc, offsets)
-    return grad_x, grad_w, grad_b if ctx.biased else None, None, None
+    return *_gradients(ctx, grad, indices, x, w_enc, offsets), None, None
 
 
 # --- transforms ------------------------------------------------------------------------------------------------------
@@ -292,6 +298,24 @@ class _BatchFunction(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any):
         return _one_by_one(_BatchFunction.apply, info, in_dims, *arguments)
+
+
+class _GradientFunction(torch.autograd.Function):
+    """The gradient as a function of its own, so that it too can be transformed; it has no second derivative."""
+
+    forward = staticmethod(_sparse_gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        raise NotImplementedError("topk_encode has no second derivative")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any):
+        return _one_by_one(_GradientFunction.apply, info, in_dims, *arguments)
 
 
 LIBRARY.define(

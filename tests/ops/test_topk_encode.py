@@ -382,6 +382,14 @@ def test_the_gradient_of_one_input_alone(backend):
 
 
 @one_of_each
+def test_there_is_no_second_derivative(backend):
+    x, w, b = (t.requires_grad_() for t in to(backend, *inputs(6, 4, 40, whole=True)))
+    (grad,) = torch.autograd.grad(vf.ops.topk_encode(x, w, b, 5)[0].sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="topk_encode has no second derivative"):
+        grad.sum().backward()
+
+
+@one_of_each
 def test_a_step_of_nothing(backend):
     x, w, b = (t.requires_grad_() for t in to(backend, *inputs(0, 4, 9)))
     vf.ops.topk_encode(x, w, b, 3)[0].sum().backward()

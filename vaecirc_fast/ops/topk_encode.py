@@ -188,17 +188,22 @@ def _run_batch(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int, activatio
 
 
 def _sparse_gradients(
-    grad_values: Tensor, indices: Tensor, x: Tensor, w_enc: Tensor, offsets: Tensor | None, need_x: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of x (where needed), w_enc and b_enc from those of the chosen values before the activation."""
-    grad_x = gather(grad_values, indices, w_enc, offsets) if need_x else None
-    return grad_x, *accumulate(grad_values, indices, x, w_enc.shape[0], offsets)
+    ctx: Any, grad_values: Tensor, indices: Tensor, x: Tensor, w_enc: Tensor, offsets: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, w_enc and b_enc, where they are needed, from those of the chosen values before the activation."""
+    of_x, of_w, of_b = ctx.needs_input_grad[:3]
+    grad_x = grad_w = grad_b = None
+    with _registry.backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
+        if of_x:
+            grad_x = gather(grad_values, indices, w_enc, offsets)
+        if of_w or of_b:
+            grad_w, grad_b = accumulate(grad_values, indices, x, w_enc.shape[0], offsets)
+    return grad_x, grad_w if of_w else None, grad_b if of_b else None
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, w_enc, b_enc, k, _, ctx.activation, _, dead, _ = inputs
+    x, w_enc, _, k, _, ctx.activation, _, dead, _ = inputs
     values, indices, fired, aux_values, aux_indices = output
-    ctx.biased = b_enc is not None
     ctx.save_for_backward(x, w_enc, k, dead, values, indices, aux_values, aux_indices)
     ctx.mark_non_differentiable(indices, fired, aux_indices)
     ctx.forced = _registry.forced()
@@ -218,15 +223,12 @@ def _backward(ctx: Any, *grads: Tensor):
     if dead is not None:
         grad_aux = _passed(grad_aux, aux_values, dead.sum(), ctx.activation)
         grad, indices = torch.cat([grad, grad_aux], 1), torch.cat([indices, aux_indices], 1)
-    with _registry.backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
-        grad_x, grad_w, grad_b = _sparse_gradients(grad, indices, x, w_enc, None, ctx.needs_input_grad[0])
-    return grad_x, grad_w, grad_b if ctx.biased else None, None, None, None, None, None, None
+    return *_sparse_gradients(ctx, grad, indices, x, w_enc, None), None, None, None, None, None, None
 
 
 def _setup_batch_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, w_enc, b_enc, _, ctx.activation = inputs
+    x, w_enc, _, _, ctx.activation = inputs
     values, indices, offsets = output
-    ctx.biased = b_enc is not None
     ctx.save_for_backward(x, w_enc, values, indices, offsets)
     ctx.mark_non_differentiable(indices, offsets)
     ctx.forced = _registry.forced()
@@ -235,9 +237,7 @@ def _setup_batch_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _batch_backward(ctx: Any, *grads: Tensor):
     x, w_enc, values, indices, offsets = ctx.saved_tensors
     grad = _passed(grads[0], values, None, ctx.activation)
-    with _registry.backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
-        grad_x, grad_w, grad_b = _sparse_gradients(grad, indices, x, w_enc, offsets, ctx.needs_input_grad[0])
-    return grad_x, grad_w, grad_b if ctx.biased else None, None, None
+    return *_sparse_gradients(ctx, grad, indices, x, w_enc, offsets), None, None
 
 
 # --- transforms ------------------------------------------------------------------------------------------------------

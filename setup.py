@@ -1,7 +1,6 @@
 # Build of the native modules: _C, each kernel file once per instruction set; _C_cuda, where nvcc is found; plus the
 # mapping of triton_kernels into the package. VAECIRC_CUDA=0 leaves _C_cuda out, =1 makes it an error that it cannot be
 # built.
-import glob
 import hashlib
 import os
 import platform
@@ -15,7 +14,7 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 from setuptools.errors import CompileError
 
-ROWS = [
+OPS = [
     "effect_reduction",
     "render_sprites",
     "sparse_adam",
@@ -24,8 +23,8 @@ ROWS = [
     "topk",
     "topk_encode",
 ]  # with a C++ kernel
-KERNELS = [f"csrc/cpu/{row}.cpp" for row in ROWS]
-HEADERS = sorted(glob.glob("csrc/*.h") + glob.glob("csrc/cpu/*.h"))
+KERNELS = [f"csrc/cpu/{op}.cpp" for op in OPS]
+HEADERS = ["csrc/common.h", "csrc/cpu/topk_select.h", *(f"csrc/cpu/{op}.h" for op in OPS)]
 FLAGS = ["-O3", "-std=gnu++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # _native.py picks the widest set this processor has. Other architectures get the baseline alone.
 INSTRUCTION_SETS = {"baseline": []}

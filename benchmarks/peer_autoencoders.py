@@ -319,7 +319,7 @@ def _cases(peer: Peer, size: tuple[int, int, int, int]) -> list[dict[str, Any]]:
                 f", k {K}" if "TopK" in peer.name or peer.eager else ""
             )
             facts = {"case": case, "form": form, "ours": form == "accelerated", "rounds": ROUNDS, "rows": B}
-            cases.append({**facts, "detail": part != "forward", "median_s": middle, "iqr_s": high - low})
+            cases.append({**facts, "median_s": middle, "iqr_s": high - low})
     if report.fallbacks:
         print(f"{peer.name}: fell back: {dict(report.fallbacks)}", file=sys.stderr)
     return cases

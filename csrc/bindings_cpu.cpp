@@ -31,14 +31,14 @@ struct Kernels {
     void (*threshold_encode_backward)(const ThresholdEncodeBackward&);
     bool (*topk)(const TopK&);
     void (*topk_backward)(const TopKBackward&);
-    int64_t (*sparse_decode)(const SparseDecode&);
-    int64_t (*sparse_decode_values)(const SparseDecodeValues&);
-    int64_t (*sparse_accumulate)(const SparseAccumulate&);
-    int64_t (*sparse_adam)(const SparseAdam&);
     bool (*topk_encode)(const TopKEncode&);
     int64_t (*batch_append)(const BatchAppend&);
     int64_t (*batch_cut)(const BatchCut&);
     void (*batch_fill)(const BatchFill&);
+    int64_t (*sparse_decode)(const SparseDecode&);
+    int64_t (*sparse_decode_values)(const SparseDecodeValues&);
+    int64_t (*sparse_accumulate)(const SparseAccumulate&);
+    int64_t (*sparse_adam)(const SparseAdam&);
 };
 
 #define VAECIRC_KERNELS(set)         \
@@ -50,14 +50,14 @@ struct Kernels {
      set::threshold_encode_backward, \
      set::topk,                      \
      set::topk_backward,             \
-     set::sparse_decode,             \
-     set::sparse_decode_values,      \
-     set::sparse_accumulate,         \
-     set::sparse_adam,               \
      set::topk_encode,               \
      set::batch_append,              \
      set::batch_cut,                 \
-     set::batch_fill},
+     set::batch_fill,                \
+     set::sparse_decode,             \
+     set::sparse_decode_values,      \
+     set::sparse_accumulate,         \
+     set::sparse_adam},
 const Kernels BUILT[] = {VAECIRC_FOR_EACH_ISA(VAECIRC_KERNELS)};
 const Kernels* chosen = &BUILT[0];
 
@@ -136,12 +136,13 @@ PYBIND11_MODULE(_C, m) {
                                              at<int32_t>(first), at<Crossing>(crossings), ImageFormat(format),
                                              at<void>(out), fresh, threads});
           });
-    m.def("threshold_encode", [](uintptr_t acts, int64_t B, int64_t M, uintptr_t bias, uintptr_t threshold, int kind,
-                                 uintptr_t penalty, uintptr_t l0, uintptr_t fired, int threads) {
-        py::gil_scoped_release release;
-        chosen->threshold_encode({at<float>(acts), B, M, at<float>(bias), at<float>(threshold), Threshold(kind),
-                                  at<float>(penalty), at<float>(l0), at<int32_t>(fired), threads});
-    });
+    m.def(
+        "threshold_encode", [](uintptr_t pre, uintptr_t acts, int64_t B, int64_t M, uintptr_t bias, uintptr_t threshold,
+                               int kind, uintptr_t penalty, uintptr_t l0, uintptr_t fired, int threads) {
+            py::gil_scoped_release release;
+            chosen->threshold_encode({at<float>(pre), at<float>(acts), B, M, at<float>(bias), at<float>(threshold),
+                                      Threshold(kind), at<float>(penalty), at<float>(l0), at<int32_t>(fired), threads});
+        });
     m.def("threshold_encode_backward",
           [](uintptr_t pre, uintptr_t acts, int64_t B, int64_t M, uintptr_t bias, uintptr_t threshold, int kind,
              float bandwidth, uintptr_t grad_acts, uintptr_t grad_penalty, uintptr_t grad_l0, uintptr_t grad_bias,
@@ -162,6 +163,39 @@ PYBIND11_MODULE(_C, m) {
                               int64_t K, uintptr_t out, int threads) {
         py::gil_scoped_release release;
         chosen->topk_backward({at<void>(grad), at<int32_t>(indices), bytes, B, M, k, K, at<void>(out), threads});
+    });
+    m.def("topk_encode", [](uintptr_t pre, int dtype, int64_t rows, int64_t M, uintptr_t bias, bool relu, int64_t k,
+                            int64_t K, uintptr_t values, uintptr_t indices, uintptr_t fired, uintptr_t dead,
+                            int64_t n_dead, int64_t k_aux, uintptr_t aux_values, uintptr_t aux_indices, int threads) {
+        py::gil_scoped_release release;
+        checked(chosen->topk_encode({at<void>(pre), DType(dtype), rows, M, at<float>(bias), relu, k, K,
+                                     at<void>(values), at<int32_t>(indices), at<int32_t>(fired), at<int32_t>(dead),
+                                     n_dead, k_aux, at<void>(aux_values), at<int32_t>(aux_indices), threads}));
+    });
+    m.attr("CUT_ALL") = CUT_ALL;
+    m.attr("CUT_ZERO") = CUT_ZERO;
+    m.def("batch_append", [](uintptr_t pre, int dtype, int64_t rows, int64_t M, uintptr_t bias, int64_t beyond,
+                             uintptr_t values, uintptr_t columns, int64_t count, uintptr_t counts, int threads) {
+        py::gil_scoped_release release;
+        const int64_t found =
+            chosen->batch_append({at<void>(pre), DType(dtype), rows, M, at<float>(bias), int32_t(beyond),
+                                  at<float>(values), at<int32_t>(columns), count, at<int32_t>(counts), threads});
+        checked(found >= 0);
+        return found;
+    });
+    m.def("batch_cut",
+          [](uintptr_t values, uintptr_t columns, int64_t count, int64_t keep, uintptr_t counts, int64_t rows) {
+              py::gil_scoped_release release;
+              const int64_t cut =
+                  chosen->batch_cut({at<float>(values), at<int32_t>(columns), count, keep, at<int32_t>(counts), rows});
+              checked(cut != INT64_MIN);
+              return cut;
+          });
+    m.def("batch_fill", [](uintptr_t values, uintptr_t columns, uintptr_t counts, int64_t rows, int64_t M,
+                           int64_t count, int64_t keep, uintptr_t out_values, uintptr_t out_columns) {
+        py::gil_scoped_release release;
+        chosen->batch_fill({at<float>(values), at<int32_t>(columns), at<int32_t>(counts), rows, M, count, keep,
+                            at<float>(out_values), at<int32_t>(out_columns)});
     });
     m.def("sparse_decode",
           [](uintptr_t values, uintptr_t indices, uintptr_t w, uintptr_t bias, uintptr_t offsets, uintptr_t target,
@@ -220,37 +254,4 @@ PYBIND11_MODULE(_C, m) {
                                                          decoupled,
                                                          threads}));
           });
-    m.def("topk_encode", [](uintptr_t pre, int dtype, int64_t rows, int64_t M, uintptr_t bias, bool relu, int64_t k,
-                            int64_t K, uintptr_t values, uintptr_t indices, uintptr_t fired, uintptr_t dead,
-                            int64_t n_dead, int64_t k_aux, uintptr_t aux_values, uintptr_t aux_indices, int threads) {
-        py::gil_scoped_release release;
-        checked(chosen->topk_encode({at<void>(pre), DType(dtype), rows, M, at<float>(bias), relu, k, K,
-                                     at<void>(values), at<int32_t>(indices), at<int32_t>(fired), at<int32_t>(dead),
-                                     n_dead, k_aux, at<void>(aux_values), at<int32_t>(aux_indices), threads}));
-    });
-    m.attr("CUT_ALL") = CUT_ALL;
-    m.attr("CUT_ZERO") = CUT_ZERO;
-    m.def("batch_append", [](uintptr_t pre, int dtype, int64_t rows, int64_t M, uintptr_t bias, int64_t beyond,
-                             uintptr_t values, uintptr_t columns, int64_t count, uintptr_t counts, int threads) {
-        py::gil_scoped_release release;
-        const int64_t found =
-            chosen->batch_append({at<void>(pre), DType(dtype), rows, M, at<float>(bias), int32_t(beyond),
-                                  at<float>(values), at<int32_t>(columns), count, at<int32_t>(counts), threads});
-        checked(found >= 0);
-        return found;
-    });
-    m.def("batch_cut",
-          [](uintptr_t values, uintptr_t columns, int64_t count, int64_t keep, uintptr_t counts, int64_t rows) {
-              py::gil_scoped_release release;
-              const int64_t cut =
-                  chosen->batch_cut({at<float>(values), at<int32_t>(columns), count, keep, at<int32_t>(counts), rows});
-              checked(cut != INT64_MIN);
-              return cut;
-          });
-    m.def("batch_fill", [](uintptr_t values, uintptr_t columns, uintptr_t counts, int64_t rows, int64_t M,
-                           int64_t count, int64_t keep, uintptr_t out_values, uintptr_t out_columns) {
-        py::gil_scoped_release release;
-        chosen->batch_fill({at<float>(values), at<int32_t>(columns), at<int32_t>(counts), rows, M, count, keep,
-                            at<float>(out_values), at<int32_t>(out_columns)});
-    });
 }

@@ -18,12 +18,15 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int WIDTH = 16;  // floats of a register
+constexpr int SUMS = 16;   // registers that hold sums
 #define LANE_NUMBERS {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
 #elif defined(__AVX2__)
 constexpr int WIDTH = 8;
+constexpr int SUMS = 8;
 #define LANE_NUMBERS {0, 1, 2, 3, 4, 5, 6, 7}
 #else
 constexpr int WIDTH = 4;
+constexpr int SUMS = 8;
 #define LANE_NUMBERS {0, 1, 2, 3}
 #endif
 typedef float Floats __attribute__((vector_size(4 * WIDTH)));
@@ -75,61 +78,77 @@ INLINE void copy(const float* x, bf16* out, int64_t n) {
     for (; j < n; ++j) narrow(x[j], out + j);
 }
 
-// One entry of a row, or of a latent: which row of a matrix, and what it is multiplied with.
+// A list of entries: which row of a matrix, and what it is multiplied with.
 struct Entry {
     int32_t at;
     float value;
 };
+struct Pairs {
+    const Entry* entries;
+    int64_t n;
+    int64_t at(int64_t i) const { return entries[i].at; }
+    float value(int64_t i) const { return entries[i].value; }
+};
+struct Columns {
+    const int32_t* ats;
+    const float* values;
+    int64_t n;
+    int64_t at(int64_t i) const { return ats[i]; }
+    float value(int64_t i) const { return values[i]; }
+};
 
-constexpr int64_t AHEAD = 8;  // entries that are prefetched: so many lie, readable, behind every list's end
+constexpr int64_t AHEAD = 8;  // how far prefetching looks: so many ats lie, readable, behind every list's end
 
-// N vectors of the sum of value * rows[at], from element d on. WAYS sums run side by side, since one would wait for
-// each of its additions.
-template <class T, int N, int WAYS>
-INLINE void sum_block(const Entry* entries, int64_t n, const T* rows, int64_t D, const T* start, float* out) {
+// N vectors of the sum of value * rows[at]. WAYS sums run side by side, since one would wait for each of its additions.
+template <class T, int N, int WAYS, class List>
+INLINE void sum_block(const List& list, const T* rows, int64_t D, const T* start, float* out) {
     Floats sum[WAYS][N] = {};
     if (start)
         for (int v = 0; v < N; ++v) sum[0][v] = load(start + v * WIDTH);
     int64_t i = 0;
-    for (; i + WAYS <= n; i += WAYS)
-#pragma GCC unroll 8
+    for (; i + WAYS <= list.n; i += WAYS)
+#pragma GCC unroll 16
         for (int way = 0; way < WAYS; ++way) {
-            const Entry* e = entries + i + way;
-            const T* row = rows + e->at * D;
-            const char* ahead = (const char*)(rows + e[AHEAD].at * D);
-#pragma GCC unroll 8
-            for (int line = 0; line < N * WIDTH * (int)sizeof(T); line += 64) __builtin_prefetch(ahead + line);
-#pragma GCC unroll 8
-            for (int v = 0; v < N; ++v) sum[way][v] += e->value * load(row + v * WIDTH);
+            const float value = list.value(i + way);
+            const T* row = rows + list.at(i + way) * D;
+            // Its first quarter, which sets the processor's own prefetching going.
+            const char* ahead = (const char*)(rows + list.at(i + way + AHEAD) * D);
+#pragma GCC unroll 16
+            for (int line = 0; line < N * WIDTH * (int)sizeof(T) / 4; line += 64) __builtin_prefetch(ahead + line);
+#pragma GCC unroll 16
+            for (int v = 0; v < N; ++v) sum[way][v] += value * load(row + v * WIDTH);
         }
-    for (; i < n; ++i)
-#pragma GCC unroll 8
-        for (int v = 0; v < N; ++v) sum[0][v] += entries[i].value * load(rows + entries[i].at * D + v * WIDTH);
-#pragma GCC unroll 8
+    for (; i < list.n; ++i)
+#pragma GCC unroll 16
+        for (int v = 0; v < N; ++v) sum[0][v] += list.value(i) * load(rows + list.at(i) * D + v * WIDTH);
+#pragma GCC unroll 16
     for (int v = 0; v < N; ++v) {
         for (int way = 1; way < WAYS; ++way) sum[0][v] += sum[way][v];
         store(sum[0][v], out + v * WIDTH);
     }
 }
 
-// out (D) = start, or 0, + the sum over n entries of value * rows[at] (D), in the order of the entries up to WAYS.
-template <class T>
-INLINE void sum_rows(const Entry* entries, int64_t n, const T* rows, int64_t D, const T* start, float* out) {
-    int64_t d = 0;
-    for (; d + 8 * WIDTH <= D; d += 8 * WIDTH)
-        sum_block<T, 8, 1>(entries, n, rows + d, D, start ? start + d : nullptr, out + d);
-    for (; d + 4 * WIDTH <= D; d += 4 * WIDTH)
-        sum_block<T, 4, 2>(entries, n, rows + d, D, start ? start + d : nullptr, out + d);
-    for (; d + WIDTH <= D; d += WIDTH)
-        sum_block<T, 1, 4>(entries, n, rows + d, D, start ? start + d : nullptr, out + d);
+// sum_block for as many blocks of N vectors as there are from element d on, then of fewer.
+template <class T, int N, class List>
+INLINE int64_t sum_blocks(const List& list, const T* rows, int64_t D, const T* start, float* out, int64_t d) {
+    constexpr int WAYS = SUMS / N < 4 ? SUMS / N : 4;
+    for (; d + N * WIDTH <= D; d += N * WIDTH)
+        sum_block<T, N, WAYS>(list, rows + d, D, start ? start + d : nullptr, out + d);
+    if constexpr (N > 1) return sum_blocks<T, N / 2>(list, rows, D, start, out, d);
+    else return d;
+}
+
+// out (D) = start, or 0, + the sum over a list of value * rows[at] (D), in the order of the list up to WAYS.
+template <class T, class List>
+INLINE void sum_rows(const List& list, const T* rows, int64_t D, const T* start, float* out) {
+    int64_t d = sum_blocks<T, SUMS>(list, rows, D, start, out, 0);
     if (d < D && D >= WIDTH) {  // the last vector once more, further back
-        d = D - WIDTH;
-        sum_block<T, 1, 4>(entries, n, rows + d, D, start ? start + d : nullptr, out + d);
+        sum_blocks<T, 1>(list, rows, D, start, out, D - WIDTH);
         return;
     }
     for (; d < D; ++d) {
         float sum = start ? widen(start[d]) : 0;
-        for (int64_t i = 0; i < n; ++i) sum += entries[i].value * widen(rows[entries[i].at * D + d]);
+        for (int64_t i = 0; i < list.n; ++i) sum += list.value(i) * widen(rows[list.at(i) * D + d]);
         out[d] = sum;
     }
 }
@@ -159,13 +178,25 @@ struct Rows {
     }
 };
 
+INLINE bool any(Ints flags) {
+    const Ints lane = LANE_NUMBERS;
+#pragma GCC unroll 4
+    for (int h = WIDTH / 2; h > 0; h /= 2) flags |= __builtin_shuffle(flags, lane ^ h);
+    return flags[0] != 0;
+}
+
 // The first of n indices that is not in [0, M), or n.
 INLINE int64_t first_wrong(const int32_t* indices, int64_t n, int64_t M) {
-    bool wrong = false;
-    for (int64_t j = 0; j < n; ++j) wrong |= (uint32_t)indices[j] >= (uint64_t)M;
-    if (!wrong) return n;
+    const uint32_t latents = (uint32_t)M;
+    Ints wrong = {};
     int64_t j = 0;
-    while ((uint32_t)indices[j] < (uint64_t)M) ++j;
+    for (; j + WIDTH <= n; j += WIDTH) {
+        Bits here;
+        memcpy(&here, indices + j, sizeof here);
+        wrong |= here >= latents;
+    }
+    j = any(wrong) ? 0 : j;
+    while (j < n && (uint32_t)indices[j] < latents) ++j;
     return j;
 }
 
@@ -179,6 +210,7 @@ INLINE void keep_first(int64_t& wrong, int64_t position) {
 struct Sorted {
     Entry* entries;
     int64_t* start;
+    Pairs of(int64_t m) const { return {entries + start[m], start[m + 1] - start[m]}; }
 };
 
 void free_sorted(Sorted& s) {

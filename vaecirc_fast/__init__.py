@@ -9,7 +9,7 @@ from . import errors, groups, ops
 from ._registry import backend, backends
 
 if TYPE_CHECKING:
-    from . import compat, data, interventions, metrics, models, planted, report, studies, sweeps, training
+    from . import compat, data, interventions, metrics, models, nn, planted, report, studies, sweeps, training
     from .compat import accelerate
     from .interventions import latent_sweep, posterior_scale, wrap
 
@@ -25,6 +25,7 @@ __all__ = [
     "latent_sweep",
     "metrics",
     "models",
+    "nn",
     "ops",
     "planted",
     "posterior_scale",
@@ -38,7 +39,7 @@ __version__ = "0.1.0"
 
 # Loaded when first used, so that `import vaecirc_fast` stays as quick as torch itself.
 _MODULES = frozenset(
-    {"compat", "data", "interventions", "metrics", "models", "planted", "report", "studies", "sweeps", "training"}
+    {"compat", "data", "interventions", "metrics", "models", "nn", "planted", "report", "studies", "sweeps", "training"}
 )
 _FUNCTIONS = {name: "interventions" for name in ("latent_sweep", "posterior_scale", "wrap")} | {"accelerate": "compat"}
 

@@ -1,5 +1,5 @@
-// CPU kernel `sparse_adam`: entries sorted by latent, then latent by latent its gradient, which stays in L1, and the
-// step of Adam on its row: parameter and moments pass through memory once. See sparse_adam.h.
+// CPU kernel `sparse_adam`: entries sorted by latent, then for some latents at a time their gradients, which stay in
+// cache, and the step of Adam: parameter and moments pass through memory once. See sparse_adam.h.
 #include "sparse_adam.h"
 
 #include "../sparse_entries.h"
@@ -24,13 +24,13 @@ INLINE Floats square_root(Floats x) {
 #endif
 }
 
-// What a step multiplies with, in the order in which torch.optim.Adam computes it.
+// What a step multiplies with, computed in double as torch.optim.Adam does.
 struct Step {
     float decay;         // of the parameter, by decoupled weight decay: 1 - lr * weight_decay
     float weight_decay;  // added to the gradient
     float rise1;         // 1 - beta1
     float beta2, rise2;
-    float root;  // sqrt(1 - beta2^step)
+    float root;  // 1 / sqrt(1 - beta2^step)
     float eps;
     float size;  // lr / (1 - beta1^step)
 };
@@ -48,7 +48,7 @@ Step make_step(const SparseAdam& args) {
     s.weight_decay = args.decoupled ? 0 : (float)args.weight_decay;
     s.rise1 = (float)(1 - args.beta1);
     s.beta2 = (float)args.beta2, s.rise2 = (float)(1 - args.beta2);
-    s.root = (float)__builtin_sqrt(1 - power(args.beta2, args.step));
+    s.root = (float)(1 / __builtin_sqrt(1 - power(args.beta2, args.step)));
     s.eps = (float)args.eps;
     s.size = (float)(args.lr / (1 - power(args.beta1, args.step)));
     return s;
@@ -59,7 +59,7 @@ INLINE void update(const Step& s, Floats grad, Floats& param, Floats& exp_avg, F
     if (s.weight_decay != 0) grad += s.weight_decay * param;  // else an infinite parameter would spoil the gradient
     exp_avg += s.rise1 * (grad - exp_avg);
     exp_avg_sq = s.beta2 * exp_avg_sq + s.rise2 * grad * grad;
-    param -= s.size * exp_avg / (square_root(exp_avg_sq) / s.root + s.eps);
+    param -= s.size * exp_avg / (square_root(exp_avg_sq) * s.root + s.eps);
 }
 
 // A step of n parameters.
@@ -83,29 +83,41 @@ INLINE void update_row(const Step& s, const float* grad, T* param, T* exp_avg, T
     }
 }
 
+// Gradients of so many numbers are formed, then their parameters changed: long runs of each, which is what the memory
+// is fast at, and short enough for L2.
+constexpr int64_t GRADS = 16384;
+
 template <class T>
 int64_t run(const SparseAdam& args) {
     const Rows rows = {args.offsets, args.B, args.K, args.N};
-    const int64_t D = args.D, chunk = args.M / (16 * args.threads) + 1;
+    const int64_t D = args.D;
+    const int64_t fitting = GRADS / (D + 1) + 1, shared = args.M / 64 + 1;  // latents: enough blocks for all threads
+    const int64_t some = fitting < shared ? fitting : shared, blocks = (args.M + some - 1) / some;
+    const int64_t chunk = blocks / (16 * args.threads) + 1;
     const int threads = args.threads;
-    // All memory before the first parameter changes: the gradients of each thread's latent, and those of the biases.
-    float* grads = (float*)malloc((threads * (D + 16) + 1) * sizeof(float));
+    const int64_t room = some * D + 16;  // of a thread, with a cache line between two
+    // All memory before the first parameter changes: the gradients of each thread's latents, and those of the biases.
     float* totals = (float*)malloc((args.M + 1) * sizeof(float));
+    float* grads;
+    if (posix_memalign((void**)&grads, 64, threads * room * sizeof(float)) != 0) grads = nullptr;
     Sorted sorted = {};
     int64_t wrong = NO_MEMORY;
     if (grads && totals) wrong = sort_by_latent(sorted, rows, (const T*)args.values, args.indices, args.M, threads);
     if (wrong == NOTHING) {
         const Step step = make_step(args);
 #pragma omp parallel for schedule(dynamic, chunk) num_threads(threads) if (threads > 1)
-        for (int64_t m = 0; m < args.M; ++m) {
-            const Entry* entries = sorted.entries + sorted.start[m];
-            const int64_t n = sorted.start[m + 1] - sorted.start[m];
-            float* grad = grads + omp_get_thread_num() * (D + 16);  // a cache line of no other thread's
-            sum_rows<T>(entries, n, (const T*)args.g, D, nullptr, grad);
-            update_row(step, grad, (T*)args.param + m * D, (T*)args.exp_avg + m * D, (T*)args.exp_avg_sq + m * D, D);
-            float sum = 0;
-            for (int64_t i = 0; i < n; ++i) sum += entries[i].value;
-            totals[m] = sum;
+        for (int64_t block = 0; block < blocks; ++block) {
+            float* grad = grads + omp_get_thread_num() * room;
+            const int64_t first = block * some, last = first + some < args.M ? first + some : args.M;
+            for (int64_t m = first; m < last; ++m) {
+                const Pairs list = sorted.of(m);
+                sum_rows<T>(list, (const T*)args.g, D, nullptr, grad + (m - first) * D);
+                float sum = 0;
+                for (int64_t i = 0; i < list.n; ++i) sum += list.value(i);
+                totals[m] = sum;
+            }
+            const int64_t at = first * D, n = (last - first) * D;
+            update_row(step, grad, (T*)args.param + at, (T*)args.exp_avg + at, (T*)args.exp_avg_sq + at, n);
         }
         if (args.bias) update_row(step, totals, (T*)args.bias, (T*)args.bias_exp_avg, (T*)args.bias_exp_avg_sq, args.M);
     }

@@ -33,50 +33,84 @@ INLINE float squared_distance(const T* y, const T* target, int64_t D) {
     return total(sum) + rest;
 }
 
+// Whether one of n values is 0.
+template <class T>
+INLINE bool has_zero(const T* values, int64_t n) {
+    Ints zero = {};
+    int64_t j = 0;
+    for (; j + WIDTH <= n; j += WIDTH) zero |= load(values + j) == 0;
+    bool found = any(zero);
+    for (; j < n; ++j) found |= widen(values[j]) == 0;
+    return found;
+}
+
+// The entries of one row as kernels of sums take them: in place where that is possible, else copied without zeros.
+template <class T>
+INLINE Columns list_of(const T* values, const int32_t* indices, int64_t n, bool in_place, int32_t* ats,
+                       float* scratch) {
+    if (in_place && sizeof(T) == sizeof(float)) return {indices, (const float*)values, n};
+    if (in_place) {
+        for (int64_t j = 0; j < n; ++j) scratch[j] = widen(values[j]);
+        return {indices, scratch, n};
+    }
+    int64_t kept = 0;
+    for (int64_t j = 0; j < n; ++j) {
+        ats[kept] = indices[j], scratch[kept] = widen(values[j]);
+        kept += scratch[kept] != 0;
+    }
+    memset(ats + kept, 0, AHEAD * sizeof(int32_t));
+    return {ats, scratch, kept};
+}
+
+constexpr int64_t CHECKED = 1024;  // entries that are looked at, at once, before their rows are added up
+
 template <class T>
 int64_t forward(const SparseDecode& args) {
     const Rows rows = {args.offsets, args.B, args.K, args.N};
     if (!rows.are_right()) return OFFSETS;
-    const int64_t longest = rows.longest();
+    const int64_t longest = rows.longest(), D = args.D;
+    const T *w = (const T*)args.w, *bias = (const T*)args.bias;
     const int threads = args.threads < args.B ? args.threads : (args.B > 0 ? (int)args.B : 1);
     int64_t wrong = NOTHING;
     bool ok = true;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        Entry* entries = (Entry*)malloc((longest + AHEAD) * sizeof(Entry));
-        float* scratch = (float*)malloc((args.D + 1) * sizeof(float));
+        int32_t* ats = (int32_t*)malloc((longest + AHEAD) * sizeof(int32_t));
+        float* scratch = (float*)malloc((longest + 1) * sizeof(float));
+        float* sums = (float*)malloc((D + 1) * sizeof(float));
         const int64_t n = omp_get_num_threads(), me = omp_get_thread_num();
-        if (!entries || !scratch) {
+        const int64_t from = args.B * me / n, to = args.B * (me + 1) / n;
+        if (!ats || !scratch || !sums) {
 #pragma omp atomic write
             ok = false;
         } else
-            for (int64_t b = args.B * me / n; b < args.B * (me + 1) / n; ++b) {
-                const int64_t begin = rows.begin(b), length = rows.begin(b + 1) - begin;
-                const T* values = (const T*)args.values + begin;
-                const int32_t* indices = args.indices + begin;
-                const int64_t bad = first_wrong(indices, length, args.M);
-                if (bad < length) {
+            for (int64_t first = from, last; first < to; first = last) {
+                const int64_t begin = rows.begin(first);
+                for (last = first + 1; last < to && rows.begin(last + 1) <= begin + CHECKED;) ++last;
+                const int64_t end = rows.begin(last);
+                const int64_t bad = first_wrong(args.indices + begin, end - begin, args.M);
+                if (bad < end - begin) {
                     keep_first(wrong, begin + bad);
                     break;
                 }
-                int64_t kept = 0;
-                for (int64_t j = 0; j < length; ++j) {
-                    entries[kept] = {indices[j], widen(values[j])};
-                    kept += entries[kept].value != 0;
+                const T* values = (const T*)args.values;
+                const bool in_place = !has_zero(values + begin, end - begin) && end + AHEAD <= args.N;
+                for (int64_t b = first; b < last; ++b) {
+                    const int64_t at = rows.begin(b), length = rows.begin(b + 1) - at;
+                    const Columns list = list_of(values + at, args.indices + at, length, in_place, ats, scratch);
+                    T* y = (T*)args.y + b * D;
+                    if constexpr (sizeof(T) == sizeof(float)) sum_rows(list, w, D, bias, y);
+                    else {
+                        sum_rows(list, w, D, bias, sums);
+                        copy(sums, y, D);
+                    }
+                    if (args.squared_error)
+                        narrow(squared_distance(y, (const T*)args.target + b * D, D), (T*)args.squared_error + b);
                 }
-                memset(entries + kept, 0, AHEAD * sizeof(Entry));
-                T* y = (T*)args.y + b * args.D;
-                const T *w = (const T*)args.w, *bias = (const T*)args.bias;
-                if constexpr (sizeof(T) == sizeof(float)) sum_rows(entries, kept, w, args.D, bias, y);
-                else {
-                    sum_rows(entries, kept, w, args.D, bias, scratch);
-                    copy(scratch, y, args.D);
-                }
-                if (args.target)
-                    narrow(squared_distance(y, (const T*)args.target + b * args.D, args.D), (T*)args.squared_error + b);
             }
-        free(entries);
+        free(ats);
         free(scratch);
+        free(sums);
     }
     return ok ? wrong : (int64_t)NO_MEMORY;
 }
@@ -174,16 +208,15 @@ int64_t accumulate(const SparseAccumulate& args) {
 #pragma omp for schedule(dynamic, chunk)
             for (int64_t m = 0; m < args.M; ++m) {
                 if (!scratch) continue;
-                const Entry* entries = sorted.entries + sorted.start[m];
-                const int64_t n = sorted.start[m + 1] - sorted.start[m];
+                const Pairs list = sorted.of(m);
                 T* out = (T*)args.out + m * D;
-                if constexpr (sizeof(T) == sizeof(float)) sum_rows<T>(entries, n, (const T*)args.g, D, nullptr, out);
+                if constexpr (sizeof(T) == sizeof(float)) sum_rows<T>(list, (const T*)args.g, D, nullptr, out);
                 else {
-                    sum_rows<T>(entries, n, (const T*)args.g, D, nullptr, scratch);
+                    sum_rows<T>(list, (const T*)args.g, D, nullptr, scratch);
                     copy(scratch, out, D);
                 }
                 float sum = 0;
-                for (int64_t i = 0; i < n; ++i) sum += entries[i].value;
+                for (int64_t i = 0; i < list.n; ++i) sum += list.value(i);
                 narrow(sum, (T*)args.totals + m);
             }
             free(scratch);

@@ -15,11 +15,11 @@ struct SparseDecode {
     const void* w;           // (M, D)
     const void* bias;        // (D), or null
     const int32_t* offsets;  // or null
-    const void* target;      // (B, D), or null
+    const void* target;      // (B, D), where a squared error is wanted
     DType dtype;
     int64_t B, K, N, D, M;
     void* y;              // (B, D)
-    void* squared_error;  // (B), where there is a target
+    void* squared_error;  // (B) with a target, else null
     int threads;
 };
 

@@ -55,13 +55,14 @@ template <Threshold KIND>
 void forward(const ThresholdEncode& a) {
 #pragma omp parallel for schedule(static) num_threads(a.threads) if (a.threads > 1)
     for (int64_t r = 0; r < a.B; ++r) {
+        const float* products = a.pre + r * a.M;
         float* acts = a.acts + r * a.M;
         f32x16 penalty = {};
         i32x16 count = {};
         for (int64_t m = 0; m < a.M; m += LANES) {
             const int64_t n = a.M - m < LANES ? a.M - m : LANES;
             const bool whole = n == LANES;
-            f32x16 pre = whole ? load(acts + m) : load_part(acts + m, n);
+            f32x16 pre = whole ? load(products + m) : load_part(products + m, n);
             if (a.bias) pre += whole ? load(a.bias + m) : load_part(a.bias + m, n);
             const f32x16 limit = limit_of<KIND>(whole ? load(a.threshold + m) : load_part(a.threshold + m, n));
             const i32x16 on = active<KIND>(pre, limit);

@@ -1,6 +1,6 @@
 // Contract of the CPU kernel `threshold_encode`; the mathematics is vaecirc_fast/reference/threshold_encode.py.
 //
-// Works in place on products x w' of a tile of rows, so that activation, penalty, counts and gradients cost one pass.
+// Works on products x w' of a tile of rows, so that activation, penalty, counts and gradients cost one pass.
 #pragma once
 
 #include "../common.h"
@@ -11,7 +11,8 @@ namespace vaecirc {
 enum class Threshold : int { relu = 0, soft = 1, jump = 2 };
 
 struct ThresholdEncode {
-    float* acts;  // (B, M): products on entry, activations on return
+    const float* pre;  // (B, M) products
+    float* acts;       // (B, M)
     int64_t B, M;
     const float* bias;       // (M) or null
     const float* threshold;  // (M)

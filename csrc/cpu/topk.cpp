@@ -16,8 +16,8 @@ INLINE uint64_t order_of(float value, int64_t place) {
     return (uint64_t)((uint32_t)key_of(value) ^ 0x80000000u) << 32 | (uint32_t)~(uint32_t)place;
 }
 
-// Sorts the k entries of s by value, descending, ties by index; they come in order of index. Uses s.keys and s.maxima,
-// each of k words, as one array, and `other`, of k.
+// Sorts the k entries of s, which come in order of index, by value, descending, ties by index. The arrays are working
+// memory, each for k.
 INLINE void sort_selection(Scratch& s, int64_t k, uint64_t* orders, uint64_t* other, float* values, int32_t* index) {
     for (int64_t start = 0; start < k; start += RUN) {
         const int64_t n = k - start < RUN ? k - start : RUN;
@@ -75,7 +75,7 @@ bool run(const TopK& args) {
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < args.B; ++b) {
             if (!mine) continue;
-            const Row<T, false> row = {(const T*)args.a + b * args.stride, nullptr};
+            const Row<T, false> row = {(const T*)args.a + b * args.stride, nullptr, args.stride};
             select_row(row, args.M, args.k, false, s);
             if (args.sorted) {
                 float* const spare = (float*)(orders + 2 * args.k);

@@ -33,7 +33,7 @@ bool encode(const TopKEncode& args) {
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < args.rows; ++b) {
             if (!mine) continue;
-            const Row<T, BIAS> row = {(const T*)args.pre + b * args.M, args.bias};
+            const Row<T, BIAS> row = {(const T*)args.pre + b * args.M, args.bias, args.M};
             select_row(row, args.M, args.k, args.relu, s);
             write_selection<T>(s.values, s.index, args.k, args.K, (T*)args.values + b * args.K,
                                args.indices + b * args.K);
@@ -42,7 +42,7 @@ bool encode(const TopKEncode& args) {
             if (args.k_aux == 0) continue;
             if (n_aux > 0) {
                 for (int64_t j = 0; j < args.n_dead; ++j) gathered[j] = row.one(args.dead[j]);
-                const Row<float, false> alone = {gathered, nullptr};
+                const Row<float, false> alone = {gathered, nullptr, 0};
                 select_row(alone, args.n_dead, n_aux, args.relu, s);
                 for (int64_t j = 0; j < n_aux; ++j) s.index[j] = args.dead[s.index[j]];
             }
@@ -76,7 +76,7 @@ int64_t append(const BatchAppend& args) {
         const int64_t room = args.count + t * (share * args.M + 2 * SLACK);
         int64_t n = 0;
         for (int64_t b = t * share; b < end; ++b) {
-            const Row<T, BIAS> row = {(const T*)args.pre + b * args.M, args.bias};
+            const Row<T, BIAS> row = {(const T*)args.pre + b * args.M, args.bias, args.M};
             const int64_t of_row =
                 append_row(row, args.M, args.beyond, args.values + room + n, args.columns + room + n);
             args.counts[b] = (int32_t)of_row;

@@ -93,6 +93,18 @@ INLINE int count_bits(uint32_t bits) {
 #endif
 }
 
+INLINE int32_t smallest(vi v) {
+    int32_t least = v[0];
+    for (int i = 1; i < W; ++i) least = v[i] < least ? v[i] : least;
+    return least;
+}
+
+INLINE int32_t largest(vi v) {
+    int32_t most = v[0];
+    for (int i = 1; i < W; ++i) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
 INLINE uint32_t lowest_bits(uint32_t bits, int n) {
     while (count_bits(bits) > n) bits &= ~(1u << (31 - __builtin_clz(bits)));
     return bits;
@@ -207,6 +219,7 @@ template <class T, bool BIAS>
 struct Row {
     const T* x;
     const float* bias;
+    int64_t next;  // elements to what is read next
     inline __attribute__((always_inline)) vf at(int64_t j) const {
         const vf v = widen(x + j);
         return BIAS ? v + widen(bias + j) : v;
@@ -216,6 +229,12 @@ struct Row {
         vf v = widen_part(x + j, n);
         if (BIAS) v += widen_part(bias + j, n);
         return iota() < n ? v : vf{} - __builtin_inff();
+    }
+    // Memory works on the next row while this one is in cache.
+    inline __attribute__((always_inline)) void prefetch_next(int64_t j) const {
+        constexpr int64_t line = 64 / sizeof(T);
+        for (int64_t i = 0; i < 4 * W; i += line)
+            __builtin_prefetch((const void*)((uintptr_t)x + (uintptr_t)((next + j + i) * (int64_t)sizeof(T))));
     }
     inline __attribute__((always_inline)) float one(int64_t j) const {
         return BIAS ? widen(x[j]) + bias[j] : widen(x[j]);
@@ -263,19 +282,39 @@ struct Cut {
     int64_t count;
 };
 
+// The smallest key from `from` on and the largest below `until`: both are there.
+INLINE void shrink(const int32_t* keys, int64_t n, int64_t& from, int64_t& until) {
+    const vi least = vi{} + (int32_t)from, most = vi{} + (int32_t)(until - 1);
+    vi low = most, high = least;
+    for (int64_t j = 0; j < n; j += W) {
+        const vi key = *(const viu*)(keys + j);
+        low = key >= least && key < low ? key : low;
+        high = key <= most && key > high ? key : high;
+    }
+    from = smallest(low), until = (int64_t)largest(high) + 1;
+}
+
 // Among n keys (a multiple of W; LOWEST pads), of which `all` >= k are at least `low`, and none is above `top`.
 INLINE Cut find_cut(const int32_t* keys, int64_t n, int64_t k, int64_t enough, int32_t low, int64_t all, int32_t top) {
-    int64_t from = low, until = (int64_t)top + 1;
+    int64_t from = low, until = (int64_t)top + 1, beyond = 0;
+    bool parted = true;
     for (int step = 0; all > enough && until - from > 1; ++step) {
+        if (!parted) {  // among ties or in a gap: on to the keys that are there
+            shrink(keys, n, from, until);
+            if (until - from <= 1) break;
+        }
         int64_t middle = from + (until - from) / 2;
-        if (step < 8) {
+        if (step == 0 && from == 0) {
+            middle = 1;  // after a ReLU the cut is often zero itself
+        } else if (step < 8) {
             // Halving numbers first: keys are like logarithms, and most lie near zero.
             const int64_t number = key_of(0.5f * value_of((int32_t)from) + 0.5f * value_of((int32_t)(until - 1)));
             if (number > from && number < until) middle = number;
         }
         const int64_t count = count_from(keys, n, (int32_t)middle);
+        parted = count != all && count != beyond;
         if (count >= k) from = middle, all = count;
-        else until = middle;
+        else until = middle, beyond = count;
     }
     return {(int32_t)from, all};
 }
@@ -320,21 +359,14 @@ INLINE float lower_bound(const ROW& row, int64_t M, int64_t k, int64_t groups, f
         top = key > top ? key : top;
         *(viu*)(s.keys + g) = key;
     }
-    int32_t lowest = low[0], topmost = top[0];
-    for (int i = 1; i < W; ++i) {
-        lowest = low[i] < lowest ? low[i] : lowest;
-        topmost = top[i] > topmost ? top[i] : topmost;
-    }
-    const Cut cut = find_cut(s.keys, groups, k, k + k / 8, lowest, groups, topmost);
+    const Cut cut = find_cut(s.keys, groups, k, k + k / 8, smallest(low), groups, largest(top));
     // Up to the smallest maximum that counts: with ties it is the tied value, and they are not above it.
     vi next = vi{} + NAN_KEY;
     for (int64_t g = 0; g < groups; g += W) {
         const vi key = *(const viu*)(s.keys + g);
         next = key >= cut.key && key < next ? key : next;
     }
-    int32_t bound = next[0];
-    for (int i = 1; i < W; ++i) bound = next[i] < bound ? next[i] : bound;
-    return value_of(bound);
+    return value_of(smallest(next));
 }
 
 // Writes the elements above `bound`, in order; returns how many.
@@ -345,6 +377,7 @@ INLINE int64_t survivors(const ROW& row, int64_t M, float bound, float* values, 
     for (; j + 4 * W <= M; j += 4 * W) {
         vf x[4];
         uint32_t bits[4];
+        row.prefetch_next(j);
 #pragma GCC unroll 4
         for (int u = 0; u < 4; ++u) x[u] = row.at(j + u * W), bits[u] = above(x[u], t);
         if ((bits[0] | bits[1] | bits[2] | bits[3]) == 0) continue;
@@ -388,10 +421,12 @@ INLINE void fill_with_ties(const ROW& row, int64_t M, float bound, int64_t ties,
 // Of the lanes whose key reaches the cut; `ties` says how many of those that equal it are left to take.
 INLINE uint32_t taken(vi key, const Cut& cut, int64_t k, int64_t& ties) {
     if (cut.count == k) return greater(key, vi{} + (cut.key - 1));
+    const uint32_t over = greater(key, vi{} + cut.key);
+    if (ties == 0) return over;
     uint32_t tied = equal(key, vi{} + cut.key);
     if (count_bits(tied) > ties) tied = lowest_bits(tied, (int)ties);
     ties -= count_bits(tied);
-    return greater(key, vi{} + cut.key) | tied;
+    return over | tied;
 }
 
 INLINE int64_t ties_to_take(const int32_t* keys, int64_t n, const Cut& cut, int64_t k) {
@@ -414,15 +449,10 @@ INLINE void select_directly(const ROW& row, int64_t M, int64_t k, bool relu, Scr
         top = key > top ? key : top;
         *(viu*)(s.keys + j) = key;
     }
-    int32_t lowest = low[0], topmost = top[0];
-    for (int i = 1; i < W; ++i) {
-        lowest = low[i] < lowest ? low[i] : lowest;
-        topmost = top[i] > topmost ? top[i] : topmost;
-    }
     const int64_t padded = (M + W - 1) / W * W;
-    const Cut cut = find_cut(s.keys, padded, k, k, lowest, M, topmost);
+    const Cut cut = find_cut(s.keys, padded, k, k, smallest(low), M, largest(top));
     int64_t ties = ties_to_take(s.keys, padded, cut, k), n = 0;
-    for (int64_t j = 0; j < M; j += W) {
+    for (int64_t j = 0; j < M && n < k; j += W) {
         const uint32_t bits = taken(*(const viu*)(s.keys + j), cut, k, ties);
         if (bits == 0) continue;
         vf x = j + W <= M ? row.at(j) : row.part(j, (int)(M - j));
@@ -441,19 +471,19 @@ INLINE void select_row(const ROW& row, int64_t M, int64_t k, bool relu, Scratch&
     const int64_t n = survivors(row, M, bound, s.values, s.index);
     if (n < k) return fill_with_ties(row, M, bound, k - n, relu, s);
     if (n == k) return;
-    vi top = vi{} + LOWEST;
+    vi low = vi{} + NAN_KEY, top = vi{} + LOWEST;
     const int64_t padded = (n + W - 1) / W * W;
     for (int64_t j = 0; j < n; j += W) {
         vi key = key_of(*(const vfu*)(s.values + j));
-        if (j + W > n) key = iota() < (int32_t)(n - j) ? key : vi{} + LOWEST;
+        const vi valid = iota() < (int32_t)(n - j);
+        low = (key < low) & valid ? key : low;
+        key = valid ? key : vi{} + LOWEST;
         top = key > top ? key : top;
         *(viu*)(s.keys + j) = key;
     }
-    int32_t topmost = top[0];
-    for (int i = 1; i < W; ++i) topmost = top[i] > topmost ? top[i] : topmost;
-    const Cut cut = find_cut(s.keys, padded, k, k, key_of(bound) + 1, n, topmost);
+    const Cut cut = find_cut(s.keys, padded, k, k, smallest(low), n, largest(top));
     int64_t ties = ties_to_take(s.keys, padded, cut, k), kept = 0;
-    for (int64_t j = 0; j < n; j += W) {
+    for (int64_t j = 0; j < n && kept < k; j += W) {
         const vf x = *(const vfu*)(s.values + j);
         const vi i = *(const viu*)(s.index + j);
         kept += pack(x, i, taken(*(const viu*)(s.keys + j), cut, k, ties), s.values + kept, s.index + kept);

@@ -158,7 +158,7 @@ def test_leading_dimensions_and_layouts(backend):
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_rows_than_a_tile(backend, kind):
     M = 300
-    rows = 2 * max(64, TILE_BYTES // (4 * M)) + 3 if not backend.interpreted else 70
+    rows = 2 * max(256, TILE_BYTES // (4 * M)) + 3 if not backend.interpreted else 70
     check(problem(B=rows, D=3, M=M, device=backend.device), kind)
 
 

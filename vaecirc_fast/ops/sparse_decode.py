@@ -451,13 +451,25 @@ def _load_cpp():
     return {"sparse_decode": _cpp_decode, "sparse_decode_values": _cpp_values, "accumulate": _cpp_accumulate}
 
 
+def _load_triton():
+    from ..triton_kernels import sparse_decode as kernels  # pyright: ignore[reportMissingImports]
+
+    return checked(
+        {
+            "sparse_decode": kernels.forward,
+            "sparse_decode_values": kernels.grad_values,
+            "accumulate": kernels.accumulate,
+        }
+    )
+
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROW = _registry.Row(
     "sparse_decode",
     cells={
         "reference": _registry.Kernel(_load_reference, ("cpu", "cuda"), _FLOATS, _registry.always),
         "cpp": _registry.Kernel(_load_cpp, ("cpu",), (torch.float32, torch.bfloat16), _registry.cpp_reason),
-        "triton": _registry.Absent("is being written"),
+        "triton": _registry.Kernel(_load_triton, ("cpu", "cuda"), _FLOATS, _registry.triton_reason),
         "cuda": _registry.Absent(
             "is not written: rows are read and added, at which Triton should reach the memory's speed; not measured"
         ),

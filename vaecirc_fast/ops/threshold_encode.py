@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from .. import _native, _registry
 from ..errors import InputError
 from ..reference import threshold_encode as reference
 from ._library import LIBRARY, is_plain_call, is_traced
+from ._product import linear
 
-TILE_BYTES = 2 << 20  # of pre-activations, so that the pass over a tile finds it in cache
+TILE_BYTES = 2 << 20  # of pre-activations: the pass over a tile finds it in cache
 BANDWIDTH = 1e-3
 
 
@@ -27,6 +28,28 @@ class Thresholded(NamedTuple):
     fired: Tensor
 
 
+@overload
+def threshold_encode(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None = ...,
+    threshold: float | Tensor = ...,
+    kind: str = ...,
+    *,
+    bandwidth: float = ...,
+    counts: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def threshold_encode(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None = ...,
+    threshold: float | Tensor = ...,
+    kind: str = ...,
+    *,
+    bandwidth: float = ...,
+    counts: Literal[True],
+) -> Thresholded: ...
 def threshold_encode(
     x: Tensor,
     w_enc: Tensor,
@@ -168,7 +191,8 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "threshold_encode_backward(Tensor x, Tensor w, Tensor? b, Tensor threshold, Tensor? acts, int kind, "
-    "float bandwidth, Tensor? grad_acts, Tensor grad_penalty, Tensor grad_l0, bool need_x) -> (Tensor, Tensor, Tensor, Tensor)"
+    "float bandwidth, Tensor? grad_acts, Tensor grad_penalty, Tensor grad_l0, bool need_x) -> "
+    "(Tensor, Tensor, Tensor, Tensor)"
 )
 LIBRARY.impl("threshold_encode", _run, "CompositeExplicitAutograd")
 LIBRARY.impl("threshold_encode_backward", _run_backward, "CompositeExplicitAutograd")
@@ -198,7 +222,7 @@ def _counts_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _tiles(rows: int, latents: int) -> list[slice]:
-    size = max(64, TILE_BYTES // (4 * latents))  # below 64 rows the product itself slows down
+    size = max(256, TILE_BYTES // (4 * latents))  # with fewer rows the product would read the weights too often
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
@@ -212,10 +236,10 @@ def _cpp_forward(x: Tensor, w: Tensor, b: Tensor | None, threshold: Tensor, kind
     acts = torch.empty(rows, latents)
     penalty, l0, fired = torch.empty(rows), torch.empty(rows), torch.zeros(latents, dtype=torch.int32)
     for tile in _tiles(rows, latents):
-        part = torch.mm(x[tile], w.T, out=acts[tile])
+        pre = linear(x[tile], w)
         _native.cpp().threshold_encode(
-            *(part.data_ptr(), len(part), latents, _address(b), threshold.data_ptr(), kind),
-            *(penalty[tile].data_ptr(), l0[tile].data_ptr(), fired.data_ptr(), _native.threads(part.numel())),
+            *(pre.data_ptr(), acts[tile].data_ptr(), len(pre), latents, _address(b), threshold.data_ptr(), kind),
+            *(penalty[tile].data_ptr(), l0[tile].data_ptr(), fired.data_ptr(), _native.threads(pre.numel())),
         )
     return acts, penalty, l0, fired
 
@@ -227,12 +251,8 @@ def _cpp_backward(x, w, b, threshold, acts, kind, bandwidth, grad_acts, grad_pen
     (rows, _), latents = x.shape, w.shape[0]
     grad_x, grad_w = torch.empty(x.shape if need_x else 0), torch.zeros(w.shape)
     grad_b, grad_threshold = torch.zeros(latents), torch.zeros(latents)
-    tiles = _tiles(rows, latents)
-    buffer = torch.empty(tiles[0].stop if tiles else 0, latents)
-    for tile in tiles:
-        pre = buffer[: tile.stop - tile.start]
-        if acts is None:
-            torch.mm(x[tile], w.T, out=pre)
+    for tile in _tiles(rows, latents):
+        pre = linear(x[tile], w) if acts is None else torch.empty(tile.stop - tile.start, latents)
         _native.cpp().threshold_encode_backward(
             *(pre.data_ptr(), 0 if acts is None else acts[tile].data_ptr(), len(pre), latents, _address(b)),
             *(threshold.data_ptr(), kind, bandwidth),
@@ -240,8 +260,8 @@ def _cpp_backward(x, w, b, threshold, acts, kind, bandwidth, grad_acts, grad_pen
             *(grad_l0[tile].data_ptr(), grad_b.data_ptr(), grad_threshold.data_ptr(), _native.threads(pre.numel())),
         )
         if need_x:
-            torch.mm(pre, w, out=grad_x[tile])
-        grad_w.addmm_(pre.T, x[tile])
+            grad_x[tile] = linear(pre, w.T)
+        grad_w += linear(pre.T, x[tile].T)
     return grad_x, grad_w, grad_b, grad_threshold
 
 
@@ -253,14 +273,21 @@ def _load_cpp():
     return {"threshold_encode": _cpp_forward, "threshold_encode_backward": _cpp_backward}
 
 
+def _load_triton():
+    from ..triton_kernels import threshold_encode as kernels  # pyright: ignore[reportMissingImports]
+
+    # On a GPU the gradient's products are the library's, and what is left reads and writes once.
+    return {"threshold_encode": kernels.forward, "threshold_encode_backward": reference.backward}
+
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROW = _registry.Row(
     "threshold_encode",
     cells={
         "reference": _registry.Kernel(_load_reference, ("cpu", "cuda"), _FLOATS, _registry.always),
         "cpp": _registry.Kernel(_load_cpp, ("cpu",), (torch.float32,), _registry.cpp_reason),
-        "triton": _registry.Absent("is being written"),
+        "triton": _registry.Kernel(_load_triton, ("cpu", "cuda"), _FLOATS[:3], _registry.triton_reason),
         "cuda": _registry.Absent("is not written: the product is the work, and Triton reaches the tensor cores"),
     },
-    order={"cpu": ("cpp", "reference"), "cuda": ("reference",)},
+    order={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
 )

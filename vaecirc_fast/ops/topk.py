@@ -37,9 +37,9 @@ def topk(a: Tensor, k: int | Tensor, *, sorted: bool = False, k_max: int | None 
         raise InputError(f"a: expected a floating dtype, got {a.dtype}")
     if a.ndim == 0 or a.shape[-1] == 0:
         raise InputError(f"a: expected shape (..., M) with M > 0, got {tuple(a.shape)}")
-    size, k = entries(k, k_max, a.shape[-1], a.device)
+    size, count = entries(k, k_max, a.shape[-1], a.device)
     rows = a.reshape(math.prod(a.shape[:-1]), a.shape[-1])
-    values, indices = _forward(rows, k, size, bool(sorted))
+    values, indices = _forward(rows, count, size, bool(sorted))
     return values.reshape(*a.shape[:-1], size), indices.reshape(*a.shape[:-1], size)
 
 
@@ -64,7 +64,7 @@ def entries(k: Any, k_max: Any, M: Any, device: torch.device) -> tuple[Any, Tens
         raise InputError(f"k: expected 1 <= k <= {'M' if k_max is None else 'k_max'} = {most}, got {k}")
     if k_max is None or k == k_max:
         return k, None
-    return k_max, torch.full((), k, dtype=torch.int32, device=device)
+    return k_max, torch.full((), int(k), dtype=torch.int32, device=device)
 
 
 _COUNTS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
@@ -116,7 +116,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
     ctx.forced = _registry.forced()
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Any):
+def _backward(ctx: Any, *grads: Tensor | None):
+    grad = grads[0]
     if grad is None:
         return None, None, None, None
     indices, k = ctx.saved_tensors
@@ -131,10 +132,10 @@ def _setup_backward_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(indices, k)
 
 
-def _second_backward(ctx: Any, grad: Tensor):
+def _second_backward(ctx: Any, *grads: Tensor):
     """The gradient is linear in what it is given: each entry reads its element."""
     indices, k = ctx.saved_tensors
-    out = grad.gather(1, indices.long())
+    out = grads[0].gather(1, indices.long())
     if k is not None:
         out = torch.where(torch.arange(out.shape[1], device=out.device) < k, out, 0)
     return out, None, None, None
@@ -247,13 +248,19 @@ def _load_cpp():
     return {"topk": _cpp_forward, "topk_backward": _cpp_backward}
 
 
+def _load_triton():
+    from ..triton_kernels import topk as kernels  # pyright: ignore[reportMissingImports]
+
+    return {"topk": kernels.forward, "topk_backward": kernels.backward}
+
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROW = _registry.Row(
     "topk",
     cells={
         "reference": _registry.Kernel(_load_reference, ("cpu", "cuda"), _FLOATS, _registry.always),
         "cpp": _registry.Kernel(_load_cpp, ("cpu",), (torch.float32, torch.bfloat16), _registry.cpp_reason),
-        "triton": _registry.Absent("is being written"),
+        "triton": _registry.Kernel(_load_triton, ("cpu", "cuda"), _FLOATS[:3], _registry.triton_reason),
         "cuda": _registry.Absent("is not written: Triton is meant to be at the memory's speed; not measured"),
     },
     order={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},

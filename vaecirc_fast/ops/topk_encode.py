@@ -15,10 +15,12 @@ from .. import _native, _registry
 from ..errors import InputError
 from ..reference import topk_encode as reference
 from ._library import LIBRARY, is_plain_call, is_traced
+from ._product import linear
+from .sparse_decode import accumulate, gather
 from .topk import checked, count_of, entries
 
 TILE_BYTES = 1 << 20  # of products on the CPU: what stays in cache between their GEMM and their selection ...
-TILE_ROWS = 256  # ... but at least so many rows, or the GEMM would read the weights too often
+TILE_ROWS = 128  # ... but at least so many rows, or the GEMM would read the weights too often
 
 
 class Encoded(NamedTuple):
@@ -55,7 +57,7 @@ def topk_encode(
     """The k largest latents act(x @ w_enc.T + b_enc) of each row, without the (B, M) matrix of all of them.
 
     x: (..., D), float32, bfloat16, float16 or float64; w_enc: (M, D) as of nn.Linear, in any memory order (the view
-    W.T of a (D, M) matrix is used without a copy); b_enc: (M,) or None. One dtype and device.
+    W.T of a (D, M) matrix is used as it is); b_enc: (M,) or None. One dtype and device.
     k: 1 <= k <= M, an integer, or an integer tensor of one element together with k_max, which may change without
     recompiling. k_max: how many entries a row has; k by default.
     activation: "relu" or "identity". relu(NaN) is NaN. With fewer than k positive latents, zeros fill up, from the
@@ -78,11 +80,11 @@ def topk_encode(
     if scope == "batch":
         if isinstance(k, Tensor) or k_max is not None or fired or dead is not None:
             raise InputError('scope: "batch" takes an integer k, and neither k_max, fired nor dead')
-        k, _ = entries(k, None, M, x.device)
-        return Csr(*_batch(rows, w_enc, b_enc, k, act))
-    size, k = entries(k, k_max, M, x.device)
+        size, _ = entries(k, None, M, x.device)
+        return Csr(*_batch(rows, w_enc, b_enc, size, act))
+    size, count = entries(k, k_max, M, x.device)
     values, indices, counts, aux_values, aux_indices = _forward(
-        rows, w_enc, b_enc, k, size, act, bool(fired), dead, k_aux
+        rows, w_enc, b_enc, count, size, act, fired, dead, k_aux
     )
     shape = x.shape[:-1]
     values, indices = values.reshape(*shape, size), indices.reshape(*shape, size)
@@ -186,21 +188,22 @@ def _run_batch(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int, activatio
 
 
 def _sparse_gradients(
-    grad_values: Tensor, indices: Tensor, x: Tensor, w_enc: Tensor, offsets: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, w_enc and b_enc from those of the chosen values before the activation."""
-    ops = torch.ops.vaecirc_fast
-    if hasattr(ops, "sparse_decode") and hasattr(ops, "sparse_accumulate"):
-        grad_x, _ = ops.sparse_decode(grad_values, indices, w_enc, None, offsets, None)
-        grad_w, grad_b = ops.sparse_accumulate(grad_values, indices, x, w_enc.shape[0], offsets)
-        return grad_x, grad_w, grad_b
-    return reference.backward(grad_values, indices, x, w_enc, offsets)
+    ctx: Any, grad_values: Tensor, indices: Tensor, x: Tensor, w_enc: Tensor, offsets: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, w_enc and b_enc, where they are needed, from those of the chosen values before the activation."""
+    of_x, of_w, of_b = ctx.needs_input_grad[:3]
+    grad_x = grad_w = grad_b = None
+    with _registry.backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
+        if of_x:
+            grad_x = gather(grad_values, indices, w_enc, offsets)
+        if of_w or of_b:
+            grad_w, grad_b = accumulate(grad_values, indices, x, w_enc.shape[0], offsets)
+    return grad_x, grad_w if of_w else None, grad_b if of_b else None
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, w_enc, b_enc, k, _, ctx.activation, _, dead, _ = inputs
+    x, w_enc, _, k, _, ctx.activation, _, dead, _ = inputs
     values, indices, fired, aux_values, aux_indices = output
-    ctx.biased = b_enc is not None
     ctx.save_for_backward(x, w_enc, k, dead, values, indices, aux_values, aux_indices)
     ctx.mark_non_differentiable(indices, fired, aux_indices)
     ctx.forced = _registry.forced()
@@ -213,32 +216,28 @@ def _passed(grad: Tensor, values: Tensor, n: Tensor | None, activation: int) -> 
     return grad if n is None else torch.where(torch.arange(grad.shape[-1], device=grad.device) < n, grad, 0)
 
 
-def _backward(ctx: Any, grad: Tensor, _indices: Any, _fired: Any, grad_aux: Tensor, _aux_indices: Any):
+def _backward(ctx: Any, *grads: Tensor):
+    grad, _, _, grad_aux, _ = grads
     x, w_enc, k, dead, values, indices, aux_values, aux_indices = ctx.saved_tensors
     grad = _passed(grad, values, k, ctx.activation)
     if dead is not None:
         grad_aux = _passed(grad_aux, aux_values, dead.sum(), ctx.activation)
         grad, indices = torch.cat([grad, grad_aux], 1), torch.cat([indices, aux_indices], 1)
-    with _registry.backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
-        grad_x, grad_w, grad_b = _sparse_gradients(grad, indices, x, w_enc, None)
-    return grad_x, grad_w, grad_b if ctx.biased else None, None, None, None, None, None, None
+    return *_sparse_gradients(ctx, grad, indices, x, w_enc, None), None, None, None, None, None, None
 
 
 def _setup_batch_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, w_enc, b_enc, _, ctx.activation = inputs
+    x, w_enc, _, _, ctx.activation = inputs
     values, indices, offsets = output
-    ctx.biased = b_enc is not None
     ctx.save_for_backward(x, w_enc, values, indices, offsets)
     ctx.mark_non_differentiable(indices, offsets)
     ctx.forced = _registry.forced()
 
 
-def _batch_backward(ctx: Any, grad: Tensor, _indices: Any, _offsets: Any):
+def _batch_backward(ctx: Any, *grads: Tensor):
     x, w_enc, values, indices, offsets = ctx.saved_tensors
-    grad = _passed(grad, values, None, ctx.activation)
-    with _registry.backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
-        grad_x, grad_w, grad_b = _sparse_gradients(grad, indices, x, w_enc, offsets)
-    return grad_x, grad_w, grad_b if ctx.biased else None, None, None
+    grad = _passed(grads[0], values, None, ctx.activation)
+    return *_sparse_gradients(ctx, grad, indices, x, w_enc, offsets), None, None
 
 
 # --- transforms ------------------------------------------------------------------------------------------------------
@@ -337,15 +336,13 @@ torch.library.register_vmap(
 
 
 def products(x: Tensor, w_enc: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """x @ w_enc.T a tile of rows at a time, as the C++ kernel selects from it: (first row, (rows, M)) in one buffer."""
+    """x @ w_enc.T a tile of rows at a time, as the C++ kernel selects from it: first row and (rows, M)."""
     rows, M = x.shape[0], w_enc.shape[0]
     if 1 not in w_enc.stride():
         w_enc = w_enc.contiguous()  # or every tile's GEMM would copy it
-    size = min(rows, max(TILE_ROWS, TILE_BYTES // (M * x.element_size())))
-    buffer = torch.empty(size, M, dtype=x.dtype)
-    for start in range(0, rows, max(1, size)):
-        part = x[start : start + size]
-        yield start, torch.mm(part, w_enc.t(), out=buffer[: part.shape[0]])
+    size = max(1, min(rows, max(TILE_ROWS, TILE_BYTES // (M * x.element_size()))))
+    for start in range(0, rows, size):
+        yield start, linear(x[start : start + size], w_enc)
 
 
 def _bias(b_enc: Tensor | None) -> Tensor | None:
@@ -432,13 +429,19 @@ def _load_cpp():
     return {"topk_encode": _cpp_forward, "batch_topk_encode": _cpp_batch}
 
 
+def _load_triton():
+    from ..triton_kernels import topk_encode as kernels  # pyright: ignore[reportMissingImports]
+
+    return {"topk_encode": kernels.forward, "batch_topk_encode": kernels.batch}
+
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROW = _registry.Row(
     "topk_encode",
     cells={
         "reference": _registry.Kernel(_load_reference, ("cpu", "cuda"), _FLOATS, _registry.always),
         "cpp": _registry.Kernel(_load_cpp, ("cpu",), (torch.float32, torch.bfloat16), _registry.cpp_reason),
-        "triton": _registry.Absent("is being written"),
+        "triton": _registry.Kernel(_load_triton, ("cpu", "cuda"), _FLOATS[:3], _registry.triton_reason),
         "cuda": _registry.Absent("is not written: Triton is meant to be at the GEMM's speed; not measured"),
     },
     order={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},

@@ -43,6 +43,8 @@ peers: $(VENV)/built
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt torch
 	.venv-peers/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -r benchmarks/peers.txt -e .
+	.venv-peers/bin/python -m pip --disable-pip-version-check install --quiet --no-deps dictionary-learning==0.1.0
+	.venv-peers/bin/python -m pytest tests/compat
 	.venv-peers/bin/python -m benchmarks.peers
 
 clean:

@@ -38,6 +38,7 @@ class Peer:
     codes: Callable[[Any, Tensor], Tensor] = lambda m, x: m.encode(x)
     out: Callable[[Any, Tensor], Tensor] = lambda m, x: m(x)
     loss: Callable[[Any, Tensor], Tensor] | None = None
+    step: tuple[str, ...] = ("encode", "forward")  # the methods of which the loss is made
     eager: Callable[[Any], None] | None = None  # makes one whose gradients are autograd's, where the package's are not
 
 
@@ -61,7 +62,8 @@ def _sae_lens() -> list[Peer]:
             of_k = {"k": k(K)} if k else {}
             return make_sae(make_config(d_in=D, d_sae=M, **of_k, **settings))
 
-        return Peer(f"SAELens {name}", "sae-lens", make, loss=loss if trains else None)
+        step = ("training_forward_pass",)
+        return Peer(f"SAELens {name}", "sae-lens", make, loss=loss if trains else None, step=step)
 
     return [
         peer(topk, "TopKSAE", False, int),
@@ -135,7 +137,8 @@ def _sparsify() -> list[Peer]:
 
         m.encode = types.MethodType(encode, m)
 
-    return [Peer("sparsify SparseCoder", "eai-sparsify", make, codes, lambda m, x: m(x).sae_out, loss, eager)]
+    out = lambda m, x: m(x).sae_out  # noqa: E731
+    return [Peer("sparsify SparseCoder", "eai-sparsify", make, codes, out, loss, eager=eager)]
 
 
 def _openai() -> list[Peer]:
@@ -295,11 +298,10 @@ def _cases(peer: Peer, size: tuple[int, int, int, int]) -> list[dict[str, Any]]:
     report = vf.accelerate(accelerated, sample=x)
     if size == SIZES[0]:
         print(report)
-    parts: dict[str, Callable[[Any], Any]] = {
-        "encode": lambda m: peer.codes(m, x),
-        "forward": lambda m: peer.out(m, x),
-    }
-    if peer.loss:
+    parts: dict[str, Callable[[Any], Any]] = {"forward": lambda m: peer.out(m, x)}
+    if "encode" in report.replaced:  # what is left alone has nothing to compare
+        parts["encode"] = lambda m: peer.codes(m, x)
+    if peer.loss and set(peer.step) & set(report.replaced):
         parts["training step without optimizer"] = lambda m: _backward(peer, m, x)
     cases = []
     try:

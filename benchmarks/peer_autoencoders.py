@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import statistics
 import sys
 import time
@@ -116,6 +117,8 @@ def _dictionary_learning() -> list[Peer]:
 
 
 def _sparsify() -> list[Peer]:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # on a CPU its decoder would want a GPU
     module = _import("sparsify")
     output = _import("sparsify.fused_encoder").EncoderOutput
 

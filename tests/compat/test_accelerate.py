@@ -402,6 +402,23 @@ def test_a_sample_that_compares_nothing_is_refused_and_a_drawn_one_grows(peer, l
         vf.accelerate(little)
 
 
+def test_a_module_that_fails_itself_is_named(peer, little):
+    little.W_dec = nn.Parameter(torch.randn(M + 1, D))
+    with pytest.raises(InputError, match=r"sample: the module's own code fails on it \(RuntimeError: "):
+        vf.accelerate(little)
+    assert_original(little)
+
+
+def test_transforms_and_compilation(peer, little, x):
+    vf.accelerate(little)
+    with torch.no_grad():
+        y = little(x)
+        torch.testing.assert_close(torch.func.vmap(little)(x.view(3, 4, D)).view(B, D), y)
+        torch.testing.assert_close(torch.compile(little, backend="eager")(x), y)
+    jacobian = torch.func.jacrev(lambda z: little(z).sum(0))(x)
+    assert jacobian.shape == (D, B, D) and bool(jacobian.any())
+
+
 def test_a_forced_backend_is_named(peer, little):
     with vf.backend("reference"):
         report = vf.accelerate(little)

@@ -101,7 +101,8 @@ def accelerate(module: nn.Module, *, sample: Tensor | None = None, code_gradient
     up to rounding. Otherwise the module is restored and AccelerationError says the numbers.
 
     Returns a `Report`; print it; `report.restore()` undoes it. InputError for a module that is not known, is
-    accelerated already or was patched on the instance, and for a sample of another width or with no active latent.
+    accelerated already or was patched on the instance, and for a sample of another width, with no active latent, or on
+    which the module itself fails.
     """
     plan = _plan(module)
     state = State(type(module).__name__, code_gradients)
@@ -275,7 +276,11 @@ def _before(module: nn.Module, plan: Plan, sample: Tensor | None) -> _Before:
         normal = torch.randn(ROWS, *plan.sample_shape, generator=torch.Generator().manual_seed(0))
         samples = [(scale * normal).to(plan.weight.device, plan.weight.dtype) for scale in SCALES]
     for x in samples:
-        truth = {check.name: _call(module, check.call, x, torch.float64) for check in plan.checks}
+        try:
+            truth = {check.name: _call(module, check.call, x, torch.float64) for check in plan.checks}
+        except Exception as error:
+            why = str(error).partition("\n")[0]
+            raise InputError(f"sample: the module's own code fails on it ({type(error).__name__}: {why})") from error
         if any(bool((truth[name] != 0).any()) for name in plan.cuts):
             break
     else:

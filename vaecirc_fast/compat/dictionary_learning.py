@@ -27,6 +27,7 @@ from .methods import (
     thresholded,
     why_dense,
     why_other_dtype,
+    why_transformed,
 )
 from .weights import Weights, flipped, read_config, read_pickled, take, whole, write_pickled
 
@@ -72,6 +73,7 @@ def _topk(ae: Any, x: Tensor) -> Sparse:
 
 def _encode_topk(ae: Any, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
     why = _why(ae, x) or ("return_topk with use_threshold" if return_topk and use_threshold else None)
+    why = why or (why_transformed() if use_threshold else None)
     if why:
         return fall_back(ae, "encode", why, x, return_topk, use_threshold)
     if use_threshold:
@@ -99,7 +101,7 @@ def _forward_topk(ae: Any, x: Tensor, output_features: bool = False) -> Any:
 
 
 def _encode_batch(ae: Any, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
-    why = _why(ae, x)
+    why = _why(ae, x) or (why_transformed() if use_threshold else None)
     if not why and not use_threshold and x.ndim != 2:
         why = f"BatchTopK of an input of {x.ndim} dimensions"  # the package then keeps k entries a first index
     if why:
@@ -116,7 +118,7 @@ def _encode_batch(ae: Any, x: Tensor, return_active: bool = False, use_threshold
 
 
 def _forward_batch(ae: Any, x: Tensor, output_features: bool = False) -> Any:
-    why = _why(ae, x)
+    why = _why(ae, x) or why_transformed()
     if why:
         return fall_back(ae, "forward", why, x, output_features)
     if output_features:
@@ -133,7 +135,7 @@ def _linear_relu(ae: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _forward_relu(ae: Any, x: Tensor, output_features: bool = False, ghost_mask: Tensor | None = None) -> Any:
-    why = _why(ae, x)
+    why = _why(ae, x) or why_transformed()
     if why:
         return fall_back(ae, "forward", why, x, output_features, ghost_mask)
     if output_features or ghost_mask is not None:
@@ -149,7 +151,7 @@ def _linear_jump(ae: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _encode_jump(ae: Any, x: Tensor, output_pre_jump: bool = False) -> Any:
-    why = why_dense(ae, x, (), ae.W_enc) or why_other_dtype(x, ae.W_enc)
+    why = why_dense(ae, x, (), ae.W_enc) or why_other_dtype(x, ae.W_enc) or why_transformed()
     if not why and output_pre_jump:
         why = "output_pre_jump asks for dense pre-activations"
     if why:
@@ -158,7 +160,7 @@ def _encode_jump(ae: Any, x: Tensor, output_pre_jump: bool = False) -> Any:
 
 
 def _forward_jump(ae: Any, x: Tensor, output_features: bool = False) -> Any:
-    why = why_dense(ae, x, (), ae.W_enc) or why_other_dtype(x, ae.W_enc)
+    why = why_dense(ae, x, (), ae.W_enc) or why_other_dtype(x, ae.W_enc) or why_transformed()
     if why:
         return fall_back(ae, "forward", why, x, output_features)
     if output_features:

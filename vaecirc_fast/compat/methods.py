@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .. import ops
+from ..ops._library import is_traced
 from ..ops.sparse_decode import accumulate, gather
 
 FEW = 8  # a decoder is sparse where no row has more than 1 / FEW of the latents active
@@ -104,6 +105,11 @@ def why_dense(module: nn.Module, x: Any, points: tuple[str, ...], weight: Tensor
     return None
 
 
+def why_transformed() -> str | None:
+    """Why `threshold_encode` cannot be called, or None: its gradient is no function of its own."""
+    return "a torch.func transform is active" if torch._C._are_functorch_transforms_active() else None
+
+
 def why_other_dtype(x: Tensor, weight: Tensor) -> str | None:
     """Why x does not fit the weights of a module that does not convert it, or None."""
     if x.dtype != weight.dtype:
@@ -122,6 +128,8 @@ def plain_linear(module: nn.Module, *names: str) -> str | None:
 
 def dense(values: Tensor, indices: Tensor, latents: int) -> Tensor:
     """(..., K) entries, no index twice, as (..., latents). Differentiable."""
+    if torch._C._are_functorch_transforms_active():
+        return values.new_zeros(*values.shape[:-1], latents).scatter(-1, indices.long(), values)
     rows = values.reshape(-1, values.shape[-1]), indices.reshape(-1, values.shape[-1])
     return torch.ops.vaecirc_fast.topk_backward(*rows, None, latents).view(*values.shape[:-1], latents)
 
@@ -135,9 +143,14 @@ def dense_csr(sparse: Sparse, shape: torch.Size, latents: int) -> Tensor:
     return flat.scatter(0, rows * latents + sparse.indices, sparse.values).view(*shape, latents)
 
 
+def _readable(t: Tensor) -> bool:
+    """Whether the numbers can be looked at now: on a CPU, and neither compiling nor under a transform."""
+    return t.device.type == "cpu" and not is_traced(t) and not torch._C._are_functorch_transforms_active()
+
+
 def remember(module: nn.Module, codes: Tensor, sparse: Sparse) -> Tensor:
     """Returns `codes`, of which `decode` will know the sparse form if it is given this very tensor."""
-    if torch.compiler.is_compiling() or codes.device.type != "cpu" or not codes.is_contiguous():
+    if not _readable(codes) or not codes.is_contiguous():
         return codes
     state = state_of(module)
 
@@ -158,7 +171,7 @@ def recall(module: nn.Module, codes: Any) -> Sparse | None:
     None where a gradient may be asked for with respect to the codes: it is not sparse. On a GPU nobody waits to look.
     """
     state = state_of(module)
-    if state.last is None or torch.compiler.is_compiling() or state.last[0]() is not codes:
+    if state.last is None or state.last[0]() is not codes or not _readable(codes):
         return None
     sparse = state.last[1]
     if torch.is_grad_enabled() and codes.requires_grad and state.code_gradients and not state.own_codes:
@@ -178,7 +191,7 @@ def thresholded(given: Tensor, w: Tensor, b: Tensor | None, threshold: float | T
     """`threshold_encode` for a decoder that follows at once: the entries that are active, padded to the row with the
     most, if these are few; else the dense codes. On a GPU nobody waits to look."""
     found = OPS.threshold_encode(given, w, b, threshold, kind, counts=True, **how)
-    if given.device.type != "cpu" or torch.compiler.is_compiling() or found.l0.numel() == 0:
+    if not _readable(found.l0) or found.l0.numel() == 0:
         return found.acts
     if kind == "jump":  # inactive codes near the threshold have a gradient; and below 0 some are active
         if torch.is_grad_enabled() or bool((torch.as_tensor(threshold) < 0).any()):
@@ -212,6 +225,9 @@ def selected(pre: Tensor, x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tens
 
     The gradient goes to x, w and b as the sums over entries that it is, and not through pre.
     """
+    if torch._C._are_functorch_transforms_active():
+        values, indices = ops.topk(pre, k)
+        return values.relu(), indices
     shape = (*pre.shape[:-1], k)
     rows = pre.detach().reshape(-1, pre.shape[-1]), x.reshape(-1, x.shape[-1])
     values, indices = _Selected.apply(*rows, w, b, k)

@@ -27,6 +27,7 @@ from .methods import (
     setting,
     thresholded,
     why_dense,
+    why_transformed,
 )
 from .weights import Weights, flipped, read_config, read_safetensors, take, whole, write_config, write_safetensors
 
@@ -189,7 +190,7 @@ def _encode_batch_in_training(sae: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def _why_relu(sae: Any, x: Any) -> str | None:
     if type(sae.activation_fn) is not nn.ReLU:
         return f"activation_fn is {type(sae.activation_fn).__name__}"
-    return _why(sae, x) or ("activation_fn has hooks" if hooked(sae.activation_fn) else None)
+    return _why(sae, x) or why_transformed() or ("activation_fn has hooks" if hooked(sae.activation_fn) else None)
 
 
 def _jump_threshold(sae: Any) -> Tensor:
@@ -230,7 +231,7 @@ def _forward_jump(sae: Any, x: Tensor) -> Tensor:
 
 def _why_jump_training(sae: Any, x: Any) -> str | None:
     on = sae.cfg.jumprelu_ste_to_input and torch.is_grad_enabled()
-    return _why(sae, x) or ("jumprelu_ste_to_input is on" if on else None)
+    return _why(sae, x) or why_transformed() or ("jumprelu_ste_to_input is on" if on else None)
 
 
 def _encode_jump_in_training(sae: Any, x: Tensor) -> Tensor:

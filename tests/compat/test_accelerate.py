@@ -423,3 +423,7 @@ def test_a_forced_backend_is_named(peer, little):
     with vf.backend("reference"):
         report = vf.accelerate(little)
     assert report.backends == {"topk_encode": "reference", "sparse_decode": "reference"}
+    report.restore()
+    with vf.backend("cuda"), pytest.raises(vf.errors.BackendError, match="backend 'cuda' was asked for"):
+        vf.accelerate(little)
+    assert_original(little)

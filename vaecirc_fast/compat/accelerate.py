@@ -52,7 +52,6 @@ class Report:
     left: dict[str, str]
     differs: dict[str, str]
     agreements: list[Agreement]
-    _module: nn.Module = field(repr=False)
     _state: State = field(repr=False)
     _bound: list[tuple[nn.Module, str]] = field(repr=False)
 
@@ -105,6 +104,7 @@ def accelerate(module: nn.Module, *, sample: Tensor | None = None, code_gradient
     which the module itself fails.
     """
     plan = _plan(module)
+    backends = _backends(plan)
     state = State(type(module).__name__, code_gradients)
     bound: list[tuple[nn.Module, str]] = []
     with _without_hooks(module):
@@ -114,11 +114,10 @@ def accelerate(module: nn.Module, *, sample: Tensor | None = None, code_gradient
             type(module).__name__,
             _version(plan.distribution),
             {name: ops for name, (_, ops) in [*plan.methods.items(), *_parts_by_name(plan).items()]},
-            _backends(plan),
+            backends,
             plan.left,
             plan.differs,
             [],
-            module,
             state,
             bound,
         )

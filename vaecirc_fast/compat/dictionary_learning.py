@@ -12,7 +12,6 @@ from ..errors import InputError
 from .methods import (
     DENSE_DECODER,
     OPS,
-    PRODUCT_IS_ALL,
     Check,
     Cut,
     Plan,
@@ -134,6 +133,13 @@ def _linear_relu(ae: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x - ae.bias, ae.encoder.weight, ae.encoder.bias
 
 
+def _encode_relu(ae: Any, x: Tensor) -> Tensor:
+    why = _why(ae, x) or why_transformed()
+    if why:
+        return fall_back(ae, "encode", why, x)
+    return OPS.threshold_encode(*_linear_relu(ae, x))
+
+
 def _forward_relu(ae: Any, x: Tensor, output_features: bool = False, ghost_mask: Tensor | None = None) -> Any:
     why = _why(ae, x) or why_transformed()
     if why:
@@ -226,8 +232,9 @@ def _plan_batch(ae: Any) -> Plan:
 
 
 def _plan_relu(ae: Any) -> Plan:
-    left = {"encode": PRODUCT_IS_ALL, "decode": DENSE_DECODER, "ghost_mask": "on dense pre-activations"}
-    return _plan(ae, {"forward": (_forward_relu, _THRESHOLD)}, left, Cut(), _linear_relu, LAYERS)
+    methods = {"encode": (_encode_relu, ("threshold_encode",)), "forward": (_forward_relu, _THRESHOLD)}
+    left = {"decode": DENSE_DECODER, "ghost_mask": "the package's own, on dense pre-activations"}
+    return _plan(ae, methods, left, Cut(), _linear_relu, LAYERS)
 
 
 def _plan_jump(ae: Any) -> Plan:

@@ -20,7 +20,6 @@ from ..ops.sparse_decode import accumulate, gather
 
 FEW = 8  # a decoder is sparse where no row has more than 1 / FEW of the latents active
 DENSE_DECODER = "how many codes are active is not known beforehand, so the product stays dense"
-PRODUCT_IS_ALL = "the product is nearly all its time, and no faster here"
 KEY = "_vaecirc_fast"  # of the state in the module's __dict__
 
 

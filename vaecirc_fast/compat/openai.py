@@ -12,7 +12,6 @@ from ..errors import InputError
 from .methods import (
     DENSE_DECODER,
     OPS,
-    PRODUCT_IS_ALL,
     Check,
     Cut,
     Plan,
@@ -25,6 +24,7 @@ from .methods import (
     remember,
     why_dense,
     why_other_dtype,
+    why_transformed,
 )
 from .weights import Weights, flipped, read_pickled, take, whole, write_pickled
 
@@ -38,7 +38,7 @@ def _linear(ae: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _kind(ae: Any) -> str | None:
-    """ "topk" or "relu", or None for another activation."""
+    """Which of the known activations it has, "topk" or "relu"; None for another."""
     if (type(ae.activation).__module__, type(ae.activation).__name__) == (WHERE, "TopK"):
         return "topk"
     return "relu" if type(ae.activation) is nn.ReLU else None
@@ -46,9 +46,11 @@ def _kind(ae: Any) -> str | None:
 
 def _why(ae: Any, x: Any) -> str | None:
     activation = ae.activation
-    if _kind(ae) != "topk":
+    if _kind(ae) is None:
         return f"the activation is {type(activation).__name__}"
-    if type(activation.postact_fn) not in POSTS:
+    if _kind(ae) == "relu" and why_transformed():
+        return why_transformed()
+    if _kind(ae) == "topk" and type(activation.postact_fn) not in POSTS:
         return f"postact_fn is {type(activation.postact_fn).__name__}"
     why = plain_linear(ae, "encoder") or why_dense(ae, x, ("encoder", "activation"), ae.encoder.weight)
     return why or why_other_dtype(x, ae.encoder.weight)
@@ -68,6 +70,8 @@ def _encode(ae: Any, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         return fall_back(ae, "encode", why, x)
     x, info = ae.preprocess(x)
     activation = ae.activation
+    if _kind(ae) == "relu":
+        return OPS.threshold_encode(x - ae.pre_bias, ae.encoder.weight, ae.latent_bias), info
     values, indices = OPS.topk_encode(
         *(x - ae.pre_bias, ae.encoder.weight, ae.latent_bias, activation.k),
         activation=POSTS[type(activation.postact_fn)],
@@ -110,7 +114,8 @@ def _plan(ae: Any) -> Plan:
         parts = {"activation": (_activation, ("topk",))}
         cut = Cut(ae.activation.k, relu=type(ae.activation.postact_fn) is nn.ReLU)
     elif _kind(ae) == "relu":
-        left = {"encode": PRODUCT_IS_ALL, "decode": DENSE_DECODER}
+        methods = {"encode": (_encode, ("threshold_encode",))}
+        left["decode"] = DENSE_DECODER
     else:
         left = {"all": f"the activation is {type(ae.activation).__name__}, neither TopK nor ReLU"}
     return Plan(

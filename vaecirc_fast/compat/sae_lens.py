@@ -12,7 +12,6 @@ from ..errors import InputError
 from .methods import (
     DENSE_DECODER,
     OPS,
-    PRODUCT_IS_ALL,
     Check,
     Cut,
     Plan,
@@ -206,6 +205,13 @@ def _why_forward(sae: Any, x: Any) -> str | None:
     return _why_relu(sae, x) or ("use_error_term is on" if sae.use_error_term else None)
 
 
+def _encode_relu(sae: Any, x: Tensor) -> Tensor:
+    why = _why_relu(sae, x)
+    if why:
+        return fall_back(sae, "encode", why, x)
+    return OPS.threshold_encode(*_linear(sae, x))
+
+
 def _forward_relu(sae: Any, x: Tensor) -> Tensor:
     why = _why_forward(sae, x)
     if why:
@@ -330,16 +336,15 @@ def _plan_batch(sae: Any) -> Plan:
 
 
 _THRESHOLD = ("threshold_encode", "topk", "sparse_decode")
+_RELU = {"encode": (_encode_relu, ("threshold_encode",)), "forward": (_forward_relu, _THRESHOLD)}
 
 
 def _plan_relu(sae: Any) -> Plan:
-    left = {"encode": PRODUCT_IS_ALL, "decode": DENSE_DECODER}
-    return _plan(sae, {"forward": (_forward_relu, _THRESHOLD)}, left, Cut())
+    return _plan(sae, _RELU, {"decode": DENSE_DECODER}, Cut())
 
 
 def _plan_relu_training(sae: Any) -> Plan:
-    left = {"encode": PRODUCT_IS_ALL, "decode": DENSE_DECODER, "training_forward_pass": _DENSE_TRAINING}
-    return _plan(sae, {"forward": (_forward_relu, _THRESHOLD)}, left, Cut())
+    return _plan(sae, _RELU, {"decode": DENSE_DECODER, "training_forward_pass": _DENSE_TRAINING}, Cut())
 
 
 def _plan_jump(sae: Any) -> Plan:

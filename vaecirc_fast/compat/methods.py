@@ -161,7 +161,11 @@ def remember(module: nn.Module, codes: Tensor, sparse: Sparse) -> Tensor:
     return codes
 
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+def _bits(t: Tensor) -> Tensor:
+    """The memory of a contiguous tensor as the widest integers that it holds a whole number of."""
+    wide = t.numel() * t.element_size() % 8 == 0
+    narrow = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    return t.detach().view(-1).view(torch.int64 if wide else narrow)
 
 
 def recall(module: nn.Module, codes: Any) -> Sparse | None:
@@ -176,13 +180,13 @@ def recall(module: nn.Module, codes: Any) -> Sparse | None:
     if torch.is_grad_enabled() and codes.requires_grad and state.code_gradients and not state.own_codes:
         return None
     # Whoever writes through .data, or numpy, leaves no trace but the numbers.
-    latents, bits = codes.shape[-1], _BITS[codes.element_size()]
+    latents = codes.shape[-1]
     with torch.no_grad():
         if sparse.offsets is None:
             again = dense(sparse.values, sparse.indices, latents)
         else:
             again = dense_csr(sparse, codes.shape[:-1], latents)
-        same = torch.equal(again.view(bits), codes.detach().view(bits))
+        same = torch.equal(_bits(again), _bits(codes))
     return sparse if same else None
 
 

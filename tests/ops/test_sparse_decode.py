@@ -217,6 +217,7 @@ def test_values(backend, case):
         check(problem(*CASES[case], bias=bias, target=target), backend)
 
 
+@pytest.mark.parametrize("backend", parameters(CPP), indirect=True)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("zeros", [0.0, 0.01])
 def test_many_entries(backend, dtype, zeros):

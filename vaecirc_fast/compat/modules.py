@@ -12,8 +12,8 @@ from .weights import Weights
 
 @torch.no_grad()
 def to_module(weights: Weights) -> nn.SparseAutoencoder:
-    """The module of `vaecirc_fast.nn` that reconstructs alike: of kind "topk" a TopKSAE, of "batch_topk" a BatchTopKSAE,
-    of "jumprelu" a JumpReLUSAE, of "relu" an L1SAE.
+    """The module of `vaecirc_fast.nn` that reconstructs alike: for "topk" a TopKSAE, for "batch_topk" a BatchTopKSAE,
+    for "jumprelu" a JumpReLUSAE, for "relu" an L1SAE.
 
     Where the weights do not centre their input, b_enc becomes b_enc + w_enc b_dec, which comes to the same. An L1SAE
     scales its decoder's rows to unit norm; their norms go into the encoder, so its activations are larger by them.

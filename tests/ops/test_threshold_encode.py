@@ -202,6 +202,10 @@ def test_vmap(backend):
     out = torch.vmap(one)(batched)
     for name, each in zip(NAMES, out, strict=True):
         assert torch.equal(each, torch.stack([getattr(one(part), name) for part in batched])), name
+    gradient = torch.func.grad(lambda w, x: vf.ops.threshold_encode(x, w, b, threshold, "soft").square().sum())
+    per_batch = torch.vmap(gradient, (None, 0))(w, batched)
+    for part, found in zip(batched, per_batch, strict=True):
+        assert torch.equal(found, gradient(w, part)) and found.any()
     with pytest.raises(InputError, match="only x can be batched"):
         torch.vmap(lambda w: vf.ops.threshold_encode(x, w))(torch.stack([w, w]))
 

@@ -22,14 +22,14 @@ def to_module(weights: Weights) -> nn.SparseAutoencoder:
     w_enc, b_enc, w_dec, b_dec = (
         t.detach().clone() for t in (weights.w_enc, weights.b_enc, weights.w_dec, weights.b_dec)
     )
-    (M, D), options = w_enc.shape, {"dtype": w_enc.dtype}
+    (M, D), dtype = w_enc.shape, w_enc.dtype
     if not weights.centred:
         b_enc += w_enc @ b_dec
     if weights.kind in ("topk", "batch_topk"):
         if weights.k is None:
             raise InputError(f"weights: kind {weights.kind!r} needs k; set weights.k")
         make = nn.TopKSAE if weights.kind == "topk" else nn.BatchTopKSAE
-        sae: nn.SparseAutoencoder = make(D, M, weights.k, **options)
+        sae: nn.SparseAutoencoder = make(D, M, weights.k, dtype=dtype)
         if isinstance(sae, nn.BatchTopKSAE) and weights.threshold is not None:
             if weights.threshold.ndim:
                 raise InputError("weights: a BatchTopKSAE has one threshold for all latents")
@@ -37,10 +37,10 @@ def to_module(weights: Weights) -> nn.SparseAutoencoder:
     elif weights.kind == "jumprelu":
         if weights.threshold is None or not bool((weights.threshold > 0).all()):
             raise InputError("weights: kind 'jumprelu' needs thresholds above 0")
-        sae = nn.JumpReLUSAE(D, M, **options)
+        sae = nn.JumpReLUSAE(D, M, dtype=dtype)
         sae.log_threshold.copy_(weights.threshold.log().expand(M))
     elif weights.kind == "relu":
-        sae = nn.L1SAE(D, M, **options)
+        sae = nn.L1SAE(D, M, dtype=dtype)
         norms = w_dec.norm(dim=1, keepdim=True)
         # A row of zeros decodes nothing; its latent stays as it is.
         norms = torch.where(norms > 0, norms, 1)

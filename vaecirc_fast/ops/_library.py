@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,3 +24,13 @@ def is_plain_call(*tensors: Tensor) -> bool:
     if torch._C._are_functorch_transforms_active():
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def one_by_one(call: Callable, info: Any, in_dims: tuple, *arguments: Any):
+    """A loop over the batch of vmap: weights of their own share no product."""
+    results = []
+    for v in range(info.batch_size):
+        pairs = zip(arguments, in_dims, strict=True)
+        results.append(call(*(a if dim is None else a.select(dim, v) for a, dim in pairs)))
+    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _native, _registry
 from ..errors import InputError
 from ..reference import threshold_encode as reference
-from ._library import LIBRARY, is_plain_call, is_traced
+from ._library import LIBRARY, is_plain_call, is_traced, one_by_one
 from ._product import linear
 
 TILE_BYTES = 2 << 20  # of pre-activations: the pass over a tile finds it in cache
@@ -158,7 +158,7 @@ def _backward(ctx: Any, *grads: Tensor | None):
     need_x = ctx.needs_input_grad[0]
     with _registry.backend(ctx.forced) if ctx.forced else contextlib.nullcontext():
         traced = is_traced(*(t for t in arguments if isinstance(t, Tensor)))
-        call = torch.ops.vaecirc_fast.threshold_encode_backward if traced else _run_backward
+        call = torch.ops.vaecirc_fast.threshold_encode_backward if traced else _BackwardFunction.apply
         grad_x, grad_w, grad_b, grad_threshold = call(*arguments, need_x)
     return grad_x if need_x else None, grad_w, None if b is None else grad_b, grad_threshold, None, None
 
@@ -183,6 +183,24 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any):
         return _vmap(_Function.apply, info, in_dims, *arguments)
+
+
+class _BackwardFunction(torch.autograd.Function):
+    """The gradient as a function of its own, so that it too can be transformed; it has no second derivative."""
+
+    forward = staticmethod(_run_backward)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any):
+        return one_by_one(_BackwardFunction.apply, info, in_dims, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        raise NotImplementedError("threshold_encode has no second derivative")
 
 
 LIBRARY.define(

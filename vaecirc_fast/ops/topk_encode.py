@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _native, _registry
 from ..errors import InputError
 from ..reference import topk_encode as reference
-from ._library import LIBRARY, is_plain_call, is_traced
+from ._library import LIBRARY, is_plain_call, is_traced, one_by_one
 from ._product import linear
 from .sparse_decode import accumulate, gather
 from .topk import checked, count_of, entries
@@ -243,21 +243,11 @@ def _batch_backward(ctx: Any, *grads: Tensor):
 # --- transforms ------------------------------------------------------------------------------------------------------
 
 
-def _one_by_one(call: Callable, info: Any, in_dims: tuple, *arguments: Any):
-    """A loop over the batch of vmap: weights of their own share no product."""
-    results = []
-    for v in range(info.batch_size):
-        pairs = zip(arguments, in_dims, strict=True)
-        results.append(call(*(a if dim is None else a.select(dim, v) for a, dim in pairs)))
-    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
-
-
 def _vmap(call: Callable, info: Any, in_dims: tuple, *arguments: Any):
     x, *rest = arguments
     count = rest[5]
     if count or any(dim is not None for dim in in_dims[1:]) or info.batch_size == 0:
-        return _one_by_one(call, info, in_dims, *arguments)
+        return one_by_one(call, info, in_dims, *arguments)
     x = x.movedim(in_dims[0], 0)
     values, indices, fired, aux_values, aux_indices = call(x.flatten(0, 1), *rest)
     values, indices, aux_values, aux_indices = (
@@ -287,7 +277,7 @@ class _BatchFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any):
-        return _one_by_one(_BatchFunction.apply, info, in_dims, *arguments)
+        return one_by_one(_BatchFunction.apply, info, in_dims, *arguments)
 
 
 LIBRARY.define(
@@ -328,7 +318,7 @@ torch.library.register_vmap(
     "vaecirc_fast::topk_encode", partial(_vmap, torch.ops.vaecirc_fast.topk_encode), lib=LIBRARY
 )
 torch.library.register_vmap(
-    "vaecirc_fast::batch_topk_encode", partial(_one_by_one, torch.ops.vaecirc_fast.batch_topk_encode), lib=LIBRARY
+    "vaecirc_fast::batch_topk_encode", partial(one_by_one, torch.ops.vaecirc_fast.batch_topk_encode), lib=LIBRARY
 )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -200,6 +201,7 @@ def test_twenty_values_of_k_and_one_compilation():
 def test_k_is_part_of_the_state():
     sae, other = TopKSAE(D, M, K), TopKSAE(D, M, 2, k_max=K)
     sae.k = 5
+    pickle.loads(pickle.dumps(other)).load_state_dict(sae.state_dict())
     other.load_state_dict(sae.state_dict())
     assert other.k == 5 and torch.equal(other(rows()).values, sae(rows()).values)
 

@@ -191,7 +191,7 @@ class TopKSAE(SparseAutoencoder):
         self.k_aux, self.aux_coefficient = k_aux, aux_coefficient
         self.register_buffer("k_device", torch.tensor(k, dtype=torch.int32, device=self.w_enc.device))
         self.k = k
-        self.register_load_state_dict_post_hook(lambda module, _: module._read_k())
+        self.register_load_state_dict_post_hook(_read_k)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, k={self._k}, k_max={self.k_max}, k_aux={self.k_aux}"
@@ -208,9 +208,6 @@ class TopKSAE(SparseAutoencoder):
             raise InputError(f"k: expected at most k_max = {self.k_max}, got {value}; give k_max= at the start")
         self._k = value
         self.k_device.fill_(value)
-
-    def _read_k(self) -> None:
-        self.k = int(self.k_device)
 
     def _selection(self) -> dict[str, Any]:
         """k as the op takes it here: read from the device where a graph is kept, else a number."""
@@ -406,6 +403,11 @@ class L1SAE(SparseAutoencoder):
         losses = {"mse": _mean_square(y, x), "l1": out.penalty.sum() / max(out.penalty.numel(), 1)}
         self._count(out.fired, out.l0.numel())
         return DenseOutput(y, losses["mse"] + self.l1_coefficient * losses["l1"], losses, out.fired, out.acts)
+
+
+def _read_k(sae: TopKSAE, _incompatible: Any) -> None:
+    """After loading: the number that eager calls use is the one in the state."""
+    sae.k = int(sae.k_device)
 
 
 def _encode(sae: TopKSAE, rows: Tensor, options: dict[str, Any]) -> Encoded:

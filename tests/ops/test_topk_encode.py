@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import FLOATS
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 import vaecirc_fast as vf
 from vaecirc_fast import _native, _registry
@@ -654,3 +656,30 @@ def test_bad_input_is_one_clear_line(name):
     with pytest.raises(InputError, match=message) as caught:
         vf.ops.topk_encode(**arguments)
     assert "\n" not in str(caught.value)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that any operation within makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
+        self.elements = max([self.elements, *(t.numel() for t in made)])
+        return out
+
+
+@pytest.mark.parametrize("backend", parameters(CPP), indirect=True)
+def test_no_tensor_of_all_activations_is_made(backend):
+    """Forward and backward, of rows and of a batch: nothing has the size of rows x latents, nor of entries x width."""
+    rows, width, latents, k = 3000, 40, 1500, 20
+    x, w, b = (t.requires_grad_() for t in inputs(rows, width, latents))
+    for options in ({"fired": True, "dead": deads(latents, 0.5), "k_aux": 10}, {"scope": "batch"}):
+        with Largest() as largest:
+            values = vf.ops.topk_encode(x, w, b, k, **options)[0]
+            values.sum().backward()
+        assert rows * k <= largest.elements < min(rows * latents, rows * k * width) / 3

@@ -176,7 +176,7 @@ def _cpp(
         [address(bias), address(bias_exp_avg), address(bias_exp_avg_sq)],
         *(values.data_ptr(), indices.data_ptr(), g.data_ptr(), address(offsets), _native.DTYPES[param.dtype]),
         *(sizes(indices, offsets, param.shape[1], len(param)), [lr, beta1, beta2, eps, weight_decay], step, decoupled),
-        _native.threads(param.numel()),
+        _native.threads(max(param.numel(), indices.numel() * param.shape[1])),
     )
     raise_wrong(wrong, indices, len(param), offsets)
 

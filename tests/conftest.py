@@ -1,10 +1,14 @@
 """What all tests share: Triton's interpreter where there is no GPU, hypothesis' profiles, poisoned memory."""
 
 import os
+import signal
 
 import hypothesis
 import pytest
 import torch
+
+# A shell starts what runs in its background with Ctrl-C ignored, and so would be the children that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports triton: it decides then. With a GPU the compiled kernels are tested, on it.
 if not torch.cuda.is_available():

@@ -101,6 +101,11 @@ def cuda_place(tensor: torch.Tensor) -> tuple[int, int]:
     return stream.device.index, stream.cuda_stream
 
 
+def address(tensor: torch.Tensor | None) -> int:
+    """Of a tensor's first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def threads(elements: int) -> int:
     """Threads for a kernel over `elements` elements: torch's number, or one for tiny inputs and in forked children."""
     return 1 if _forked or elements < 1 << 18 else torch.get_num_threads()

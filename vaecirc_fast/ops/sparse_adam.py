@@ -12,7 +12,7 @@ from .. import _native, _registry
 from ..errors import InputError
 from ..reference import sparse_adam as reference
 from ._library import LIBRARY, is_traced
-from .sparse_decode import address, check_alike, check_entries, check_indices, flat_entries, raise_wrong, sizes
+from .sparse_decode import check_alike, check_entries, check_indices, flat_entries, raise_wrong, sizes
 
 
 def sparse_adam(
@@ -173,8 +173,8 @@ def _cpp(
     offsets = None if offsets is None else offsets.contiguous()
     wrong = _native.cpp().sparse_adam(
         [param.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr()],
-        [address(bias), address(bias_exp_avg), address(bias_exp_avg_sq)],
-        *(values.data_ptr(), indices.data_ptr(), g.data_ptr(), address(offsets), _native.DTYPES[param.dtype]),
+        [_native.address(bias), _native.address(bias_exp_avg), _native.address(bias_exp_avg_sq)],
+        *(values.data_ptr(), indices.data_ptr(), g.data_ptr(), _native.address(offsets), _native.DTYPES[param.dtype]),
         *(sizes(indices, offsets, param.shape[1], len(param)), [lr, beta1, beta2, eps, weight_decay], step, decoupled),
         _native.threads(max(param.numel(), indices.numel() * param.shape[1])),
     )

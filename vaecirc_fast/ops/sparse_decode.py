@@ -381,11 +381,6 @@ def checked(kernels: dict[str, Callable]) -> dict[str, Callable]:
     return {"sparse_decode": decode, "sparse_decode_values": of_values, "accumulate": of_latents}
 
 
-def address(tensor: Tensor | None) -> int:
-    """Of a tensor's first element; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def sizes(indices: Tensor, offsets: Tensor | None, width: int, latents: int) -> tuple[int, int, int, int, int]:
     """B, K, N, D, M of csrc/cpu/sparse_decode.h."""
     entries = 0 if offsets is not None else indices.shape[1]
@@ -401,7 +396,14 @@ def _cpp_decode(
     y = torch.empty(size[0], size[3], dtype=values.dtype, device="cpu")
     squared_error = torch.empty(0 if target is None else size[0], dtype=values.dtype, device="cpu")
     wrong = _native.cpp().sparse_decode(
-        *(values.data_ptr(), indices.data_ptr(), w.data_ptr(), address(b), address(offsets), address(target)),
+        *(
+            values.data_ptr(),
+            indices.data_ptr(),
+            w.data_ptr(),
+            _native.address(b),
+            _native.address(offsets),
+            _native.address(target),
+        ),
         *(_native.DTYPES[values.dtype], size, y.data_ptr(), squared_error.data_ptr()),
         _native.threads(indices.numel() * size[3]),
     )
@@ -414,7 +416,7 @@ def _cpp_values(indices: Tensor, w: Tensor, g: Tensor, offsets: Tensor | None) -
     offsets = None if offsets is None else offsets.contiguous()
     out = torch.empty(indices.shape, dtype=g.dtype, device="cpu")
     wrong = _native.cpp().sparse_decode_values(
-        *(indices.data_ptr(), w.data_ptr(), g.data_ptr(), address(offsets), _native.DTYPES[g.dtype]),
+        *(indices.data_ptr(), w.data_ptr(), g.data_ptr(), _native.address(offsets), _native.DTYPES[g.dtype]),
         *(sizes(indices, offsets, w.shape[1], len(w)), out.data_ptr(), _native.threads(indices.numel() * w.shape[1])),
     )
     raise_wrong(wrong, indices, len(w), offsets)
@@ -429,7 +431,7 @@ def _cpp_accumulate(
     out = torch.empty(M, g.shape[1], dtype=g.dtype, device="cpu")
     totals = torch.empty(M, dtype=g.dtype, device="cpu")
     wrong = _native.cpp().sparse_accumulate(
-        *(values.data_ptr(), indices.data_ptr(), g.data_ptr(), address(offsets), _native.DTYPES[g.dtype]),
+        *(values.data_ptr(), indices.data_ptr(), g.data_ptr(), _native.address(offsets), _native.DTYPES[g.dtype]),
         *(sizes(indices, offsets, g.shape[1], M), out.data_ptr(), totals.data_ptr()),
         _native.threads(indices.numel() * g.shape[1]),
     )

@@ -244,10 +244,6 @@ def _tiles(rows: int, latents: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _cpp_forward(x: Tensor, w: Tensor, b: Tensor | None, threshold: Tensor, kind: int):
     b, threshold = None if b is None else b.contiguous(), threshold.contiguous()
     (rows, _), latents = x.shape, w.shape[0]
@@ -256,7 +252,7 @@ def _cpp_forward(x: Tensor, w: Tensor, b: Tensor | None, threshold: Tensor, kind
     for tile in _tiles(rows, latents):
         pre = linear(x[tile], w)
         _native.cpp().threshold_encode(
-            *(pre.data_ptr(), acts[tile].data_ptr(), len(pre), latents, _address(b), threshold.data_ptr(), kind),
+            *(pre.data_ptr(), acts[tile].data_ptr(), len(pre), latents, _native.address(b), threshold.data_ptr(), kind),
             *(penalty[tile].data_ptr(), l0[tile].data_ptr(), fired.data_ptr(), _native.threads(pre.numel())),
         )
     return acts, penalty, l0, fired
@@ -272,9 +268,9 @@ def _cpp_backward(x, w, b, threshold, acts, kind, bandwidth, grad_acts, grad_pen
     for tile in _tiles(rows, latents):
         pre = linear(x[tile], w) if acts is None else torch.empty(tile.stop - tile.start, latents)
         _native.cpp().threshold_encode_backward(
-            *(pre.data_ptr(), 0 if acts is None else acts[tile].data_ptr(), len(pre), latents, _address(b)),
+            *(pre.data_ptr(), 0 if acts is None else acts[tile].data_ptr(), len(pre), latents, _native.address(b)),
             *(threshold.data_ptr(), kind, bandwidth),
-            *(_address(None if grad_acts is None else grad_acts[tile]), grad_penalty[tile].data_ptr()),
+            *(_native.address(None if grad_acts is None else grad_acts[tile]), grad_penalty[tile].data_ptr()),
             *(grad_l0[tile].data_ptr(), grad_b.data_ptr(), grad_threshold.data_ptr(), _native.threads(pre.numel())),
         )
         if need_x:

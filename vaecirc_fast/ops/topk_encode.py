@@ -339,10 +339,6 @@ def _bias(b_enc: Tensor | None) -> Tensor | None:
     return None if b_enc is None else b_enc.detach().float().contiguous()
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 @torch.no_grad()
 def _cpp_forward(
     x: Tensor,
@@ -366,9 +362,9 @@ def _cpp_forward(
     members = None if dead is None else dead.nonzero().flatten().int()
     for start, pre in products(x, w_enc):
         _native.cpp().topk_encode(
-            *(pre.data_ptr(), _native.DTYPES[x.dtype], len(pre), M, _address(bias), relu, n, k_max),
+            *(pre.data_ptr(), _native.DTYPES[x.dtype], len(pre), M, _native.address(bias), relu, n, k_max),
             *(values[start:].data_ptr(), indices[start:].data_ptr(), fired.data_ptr() if count else 0),
-            *(_address(members), 0 if members is None else len(members), k_aux),
+            *(_native.address(members), 0 if members is None else len(members), k_aux),
             *(aux_values[start:].data_ptr(), aux_indices[start:].data_ptr(), threads),
         )
     if count and threads > 1:
@@ -392,7 +388,7 @@ def _cpp_batch(
             room = min(rows * M, 2 * keep + pre.numel()) + 64 * threads
             values, columns = torch.empty(room), torch.empty(room, dtype=torch.int32)
         found = cpp.batch_append(
-            *(pre.data_ptr(), _native.DTYPES[x.dtype], len(pre), M, _address(bias), beyond),
+            *(pre.data_ptr(), _native.DTYPES[x.dtype], len(pre), M, _native.address(bias), beyond),
             *(values.data_ptr(), columns.data_ptr(), found, counts[start:].data_ptr(), threads),
         )
         end = start + len(pre)

@@ -171,6 +171,17 @@ def latent_sweep(
     return out.squeeze(-2) if isinstance(effect, str) else out
 
 
+def outputs(network: Network, z: Tensor) -> Tensor:
+    """The network's outputs (R, P), after the link, for codes z (R, L); in plain torch."""
+    weights = [layer.weight for layer in network.layers]
+    biases = [_bias(layer) for layer in network.layers]
+    layout = [number for layer in network.layers for number in _numbers(layer)]
+    slopes = [layer.slope for layer in network.layers]
+    pre = torch.nn.functional.linear(z, weights[0], biases[0])
+    y = reference.logits(pre, weights, biases, layout, slopes, _shape(network))
+    return reference.linked(y, reference.LINKS.index(network.link), torch.tensor([0, *network.spans]).cumsum(0))
+
+
 def _numbers(layer: Dense | TransposedConvolution) -> tuple[int, ...]:
     activation = reference.ACTIVATIONS.index(layer.activation)
     if isinstance(layer, Dense):

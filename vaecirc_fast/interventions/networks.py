@@ -61,6 +61,7 @@ class Recorded:
     reason: str
 
 
+@torch.no_grad()
 def record(call: Callable[[Tensor], Any], row: Tensor) -> Recorded:
     """Call a decoder on `row` (1, L) and read its layers off the operations it executes.
 

@@ -24,7 +24,7 @@ OPS = [
     "topk_encode",
 ]  # with a C++ kernel
 KERNELS = [f"csrc/cpu/{op}.cpp" for op in OPS]
-HEADERS = ["csrc/common.h", "csrc/sparse_entries.h", "csrc/cpu/topk_select.h", *(f"csrc/cpu/{op}.h" for op in OPS)]
+HEADERS = ["csrc/common.h", "csrc/sparse_entries.h", "csrc/cpu/topk_select.h", "csrc/cpu/effect_rows.h", *(f"csrc/cpu/{op}.h" for op in OPS)]
 FLAGS = ["-O3", "-std=gnu++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # _native.py picks the widest set this processor has. Other architectures get the baseline alone.
 INSTRUCTION_SETS = {"baseline": []}

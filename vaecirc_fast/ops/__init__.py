@@ -1,6 +1,7 @@
 """The ops: one file each, with its checks, its schema, its gradient and its table of kernels."""
 
 from .effect_reduction import effect_reduction
+from .latent_sweep import latent_sweep
 from .render_sprites import render_sprites
 from .sparse_adam import sparse_adam
 from .sparse_decode import sparse_decode
@@ -10,6 +11,7 @@ from .topk_encode import topk_encode
 
 __all__ = [
     "effect_reduction",
+    "latent_sweep",
     "render_sprites",
     "sparse_adam",
     "sparse_decode",

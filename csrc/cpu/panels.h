@@ -31,6 +31,9 @@ constexpr int MOST = 4;
 constexpr int MOST_ONE = 4;
 #endif
 constexpr int PANEL = 2 * WIDTH;
+#ifndef UNROLL
+#define UNROLL 2
+#endif
 typedef float vf __attribute__((vector_size(4 * WIDTH), may_alias));
 
 // What follows a sum at once; other activations are a pass of their own over what was written.
@@ -62,25 +65,32 @@ void tile(const Inputs& in, const Outputs& to, const float* a, const float* w, c
     for (int i = 0; i < R * PX; ++i)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) sum[i][v] = *(const vf*)(bias + v * WIDTH);
+    const auto step = [&](const float* p, const float* w) __attribute__((always_inline)) {
+        vf b[V];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) b[v] = *(const vf*)(w + v * WIDTH);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+            for (int i = 0; i < PX; ++i) {
+                const vf x = p[r * in.row + i * LANES] - vf{};
+#pragma GCC unroll 2
+                for (int v = 0; v < V; ++v) sum[r * PX + i][v] += x * b[v];
+            }
+    };
     int64_t block = in.first_step / LANES, k = in.first_step % LANES;
     w += in.first_step * V * WIDTH;
     for (int64_t t = 0; t < in.n_taps; ++t) {
         for (; block < in.blocks; ++block) {
             const float* p = a + in.taps[t] + block * in.block;
-            const float* end = p + (block + 1 < in.blocks ? LANES : in.last);
-            for (p += k; p < end; ++p) {
-                vf b[V];
-#pragma GCC unroll 2
-                for (int v = 0; v < V; ++v) b[v] = *(const vf*)(w + v * WIDTH);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r)
+            const int64_t end = block + 1 < in.blocks ? LANES : in.last;
+            if (end - k == LANES) {
+                for (const float* stop = p + LANES; p < stop; p += UNROLL, w += UNROLL * V * WIDTH) {
 #pragma GCC unroll 16
-                    for (int i = 0; i < PX; ++i) {
-                        const vf x = p[r * in.row + i * LANES] - vf{};
-#pragma GCC unroll 2
-                        for (int v = 0; v < V; ++v) sum[r * PX + i][v] += x * b[v];
-                    }
-                w += V * WIDTH;
+                    for (int u = 0; u < UNROLL; ++u) step(p + u, w + u * V * WIDTH);
+                }
+            } else {
+                for (; k < end; ++k, w += V * WIDTH) step(p + k, w);
             }
             k = 0;
         }

@@ -99,17 +99,18 @@ struct Phase {
     int64_t origin_row, origin_pixel;  // of its tap 0 in the input
     int64_t tap_row, tap_pixel;        // of its tap 0 in the kernel
     int64_t taps_high, taps_wide;
-    int64_t* taps;
+    int64_t* taps;  // (taps_high, taps_wide), as Inputs has them
+    int64_t* shifts;
     float* weights;
 };
 
 struct Conv {
     const SweepLayer* layer;
-    int64_t h, w;                    // of the input
-    int64_t H, W;                    // of the output
-    int64_t top, left, high, pitch;  // of the input's grid: halo and whole size, in pixels
-    int64_t grid;                    // floats of it
-    int64_t wide;                    // outputs, padded; or columns, in the form of taps
+    int64_t h, w;         // of the input
+    int64_t H, W;         // of the output
+    int64_t left, pitch;  // of the input's grid: halo and whole width, in pixels
+    int64_t grid;         // floats of it
+    int64_t wide;         // outputs, padded; or columns, in the form of taps
     bool by_taps;
     Phase* phases;   // (sh sw)
     float* bias;     // (wide)
@@ -211,8 +212,8 @@ struct Sweep {
             c.weights = c.by_taps ? memory.take<float>(c.wide * of.in) : nullptr;
             c.phases = memory.take<Phase>(of.sh * of.sw);
             if (!c.phases) return;
-            int64_t bottom = 0, right = 0, widest = 0, furthest = 0;
-            c.top = c.left = c.before = 0;
+            int64_t right = 0, widest = 0, furthest = 0;
+            c.left = c.before = 0;
             for (int64_t p = 0; p < of.sh * of.sw; ++p) {
                 Phase& f = c.phases[p];
                 f.row = p / of.sw, f.pixel = p % of.sw;
@@ -225,19 +226,17 @@ struct Sweep {
                 widest = most_of(widest, f.pixels);
                 c.before = most_of(c.before, f.taps_wide - 1 - f.origin_pixel);
                 furthest = most_of(furthest, f.origin_pixel);
-                f.taps = nullptr, f.weights = nullptr;
+                f.taps = f.shifts = nullptr, f.weights = nullptr;
                 if (c.by_taps) continue;
                 f.taps = memory.take<int64_t>(f.taps_high * f.taps_wide);
+                f.shifts = memory.take<int64_t>(f.taps_high * f.taps_wide);
                 f.weights = memory.take<float>(f.taps_high * f.taps_wide * of.in * c.wide);
-                if (f.rows == 0 || f.pixels == 0 || f.taps_high == 0 || f.taps_wide == 0) continue;
-                c.top = most_of(c.top, f.taps_high - 1 - f.origin_row);
+                if (f.pixels == 0 || f.taps_wide == 0) continue;
                 c.left = most_of(c.left, f.taps_wide - 1 - f.origin_pixel);
-                bottom = most_of(bottom, f.origin_row + f.rows - c.h);
                 right = most_of(right, f.origin_pixel + f.pixels - c.w);
             }
-            c.high = c.top + c.h + bottom;
             c.pitch = c.left + c.w + right;
-            c.grid = up(of.in, COLUMN) * c.high * c.pitch;
+            c.grid = up(of.in, COLUMN) * c.h * c.pitch;
             c.ring = (of.kh + of.sh - 1) / of.sh;
             c.group = up(widest, LANES);
             c.plane = up(c.before + most_of(up(c.w, LANES), furthest + c.group), LANES);
@@ -369,8 +368,11 @@ struct Sweep {
 
     void pack_phase(const Conv& c, Phase& f) {
         const SweepLayer& of = *c.layer;
-        for (int64_t ty = 0; ty < f.taps_high; ++ty)
-            for (int64_t tx = 0; tx < f.taps_wide; ++tx) f.taps[ty * f.taps_wide + tx] = -(ty * c.pitch + tx) * COLUMN;
+        for (int64_t t = 0; t < f.taps_high * f.taps_wide; ++t) {
+            const int64_t ty = t / f.taps_wide, tx = t % f.taps_wide;
+            f.taps[t] = -(ty * c.pitch + tx) * COLUMN;
+            f.shifts[t] = f.origin_pixel - tx;
+        }
         const int64_t taps = f.taps_high * f.taps_wide, steps = taps * of.in;
         for_panels(0, c.wide, [&](int64_t from, int V) {
             float* to = f.weights + from * steps;
@@ -472,7 +474,7 @@ struct Sweep {
                      int64_t block, int64_t row) const {
         const Dense& d = dense[l];
         const int64_t K = d.layer->in, blocks = up(K, COLUMN) / COLUMN, here = 0;
-        Inputs in = {&here, 1, blocks, K - (blocks - 1) * COLUMN, rows * COLUMN, 0, 0};
+        Inputs in = {&here, &here, 1, blocks, K - (blocks - 1) * COLUMN, rows * COLUMN, 0, n, 0};
         const Outputs out = {block, 0, row, d.after, d.layer->slope};
         for_panels(from, to, [&](int64_t c, int V) {
             in.first_step = d.skips && finite ? d.first[c / WIDTH] : 0;
@@ -490,6 +492,12 @@ struct Sweep {
 
     // --- transposed convolutions, one row at a time ---
 
+    // The taps, of those above each other, that row y of a phase finds inside the input.
+    static int64_t first_tap(const Conv& c, const Phase& f, int64_t y) {
+        return least(f.taps_high, most_of(0, f.origin_row + y - c.h + 1));
+    }
+    static int64_t last_tap(const Phase& f, int64_t y) { return least(f.taps_high, f.origin_row + y + 1); }
+
     void direct(const Conv& c, const float* from, float* to, int64_t block, int64_t to_pitch) const {
         const SweepLayer& of = *c.layer;
         const int64_t blocks = up(of.in, COLUMN) / COLUMN;
@@ -497,14 +505,20 @@ struct Sweep {
         for_panels(0, c.wide, [&](int64_t n, int V) {
             for (int64_t p = 0; p < of.sh * of.sw; ++p) {
                 const Phase& f = c.phases[p];
-                const int64_t taps = f.taps_high * f.taps_wide;
-                const Inputs in = {
-                    f.taps,           taps, blocks, of.in - (blocks - 1) * COLUMN, c.high * c.pitch * COLUMN,
-                    c.pitch * COLUMN, 0};
-                const int64_t pixel = (c.top + f.origin_row) * c.pitch + c.left + f.origin_pixel;
-                grid_of(V, in, out, f.rows, f.pixels, from + pixel * COLUMN, (const float*)f.weights + n * taps * of.in,
-                        (const float*)c.bias + n,
-                        to + n / COLUMN * block + n % COLUMN + (f.row * to_pitch + f.pixel) * COLUMN);
+                const float* weights = f.weights + n * f.taps_high * f.taps_wide * of.in;
+                // Bands of rows with the same taps inside the input.
+                for (int64_t y = 0, end; y < f.rows; y = end) {
+                    const int64_t first = first_tap(c, f, y), last = last_tap(f, y);
+                    for (end = y + 1; end < f.rows && first_tap(c, f, end) == first && last_tap(f, end) == last;) ++end;
+                    const int64_t skipped = first * f.taps_wide, taps = most_of(0, last - first) * f.taps_wide;
+                    const Inputs in = {
+                        f.taps + skipped,       f.shifts + skipped, taps, blocks, of.in - (blocks - 1) * COLUMN,
+                        c.h * c.pitch * COLUMN, c.pitch * COLUMN,   c.w,  0};
+                    grid_of(V, in, out, end - y, f.pixels,
+                            from + ((f.origin_row + y) * c.pitch + c.left + f.origin_pixel) * COLUMN,
+                            weights + skipped * of.in * V * WIDTH, (const float*)c.bias + n,
+                            to + n / COLUMN * block + n % COLUMN + ((f.row + y * of.sh) * to_pitch + f.pixel) * COLUMN);
+                }
             }
         });
         if (!c.separately) return;
@@ -517,7 +531,7 @@ struct Sweep {
     void multiply_taps(const Conv& c, Worker& w, const float* grid_, int64_t y) const {
         const SweepLayer& of = *c.layer;
         const int64_t blocks = up(of.in, COLUMN) / COLUMN, here = 0;
-        const Inputs in = {&here, 1, blocks, of.in - (blocks - 1) * COLUMN, c.high * c.pitch * COLUMN, 0, 0};
+        const Inputs in = {&here, &here, 1, blocks, of.in - (blocks - 1) * COLUMN, c.h * c.pitch * COLUMN, 0, c.w, 0};
         const Outputs out = {COLUMN, 0, c.wide, After::nothing, 0};
         for_panels(0, c.wide, [&](int64_t n, int V) {
             grid_of(V, in, out, (int64_t)1, c.w, grid_ + y * c.pitch * COLUMN, (const float*)c.weights + n * of.in,
@@ -598,16 +612,14 @@ struct Sweep {
         const Conv& in = conv[0];
         const int64_t line = in.w * COLUMN;
         for (int64_t r = 0; r < entry / line; ++r)
-            memcpy(w.grids[0] + ((r / in.h * in.high + in.top + r % in.h) * in.pitch + in.left) * COLUMN, x + r * line,
-                   line * sizeof(float));
+            memcpy(w.grids[0] + (r * in.pitch + in.left) * COLUMN, x + r * line, line * sizeof(float));
         for (int64_t l = 0; l < n_conv; ++l) {
             const Conv& c = conv[l];
             if (c.by_taps) {
                 by_taps(c, w, w.grids[l], w.logits);
             } else if (l + 1 < n_conv) {
                 const Conv& next = conv[l + 1];
-                direct(c, w.grids[l], w.grids[l + 1] + (next.top * next.pitch + next.left) * COLUMN,
-                       next.high * next.pitch * COLUMN, next.pitch);
+                direct(c, w.grids[l], w.grids[l + 1] + next.left * COLUMN, next.h * next.pitch * COLUMN, next.pitch);
             } else {
                 direct(c, w.grids[l], w.logits, c.H * c.W * COLUMN, c.W);
             }

@@ -237,7 +237,8 @@ struct Sweep {
             }
             c.pitch = c.left + c.w + right;
             c.grid = up(of.in, COLUMN) * c.h * c.pitch;
-            c.ring = (of.kh + of.sh - 1) / of.sh;
+            c.before = up(c.before, LANES);
+            c.ring = (of.kh + of.sh - 1) / of.sh + 1;
             c.group = up(widest, LANES);
             c.plane = up(c.before + most_of(up(c.w, LANES), furthest + c.group), LANES);
         }
@@ -354,7 +355,16 @@ struct Sweep {
             d.bias[from + c] = rows_of[c] < 0 ? 0 : d.layer->bias[rows_of[c]];
         }
         int64_t first = K - 1;
-        for (int64_t block = 0; block < K; block += LANES)
+        bool every = columns % LANES == 0;
+        for (int64_t c = 0; c < columns; ++c) every &= rows_of[c] == rows_of[0] + c;
+        for (int64_t block = 0; block < K; block += LANES) {
+            if (every && block + LANES <= K) {
+                for (int64_t c = 0; c < columns; c += LANES)
+                    transpose(d.layer->weight + rows_of[c] * K + block, K, to + block * columns + c, columns);
+                for (int64_t i = block * columns; first == K - 1 && i < (block + LANES) * columns; ++i)
+                    if (to[i] != 0) first = least(first, i / columns);
+                continue;
+            }
             for (int64_t c = 0; c < columns; ++c) {
                 const float* row = d.layer->weight + rows_of[c] * K;
                 for (int64_t k = block; k < least(block + LANES, K); ++k) {
@@ -363,6 +373,7 @@ struct Sweep {
                     if (weight != 0 && k < first) first = k;
                 }
             }
+        }
         d.first[from / WIDTH] = first;
     }
 
@@ -548,7 +559,7 @@ struct Sweep {
         typedef i32x16 I;
         f32x16 a[LANES], b[LANES];
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) a[i] = *(const f32x16*)(from + i * from_row);
+        for (int i = 0; i < LANES; ++i) a[i] = *(const f32x16u*)(from + i * from_row);
         const I low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
         const I high = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
 #pragma GCC unroll 8
@@ -580,29 +591,48 @@ struct Sweep {
         }
     }
 
+    // to[x] = start + the sum of sources[s][x].
+    __attribute__((noinline)) static void add_sources(const float* const* sources, int64_t count, float start,
+                                                      float* to, int64_t n) {
+        const auto add = [&](auto COUNT, const float* const* at, bool begins) __attribute__((always_inline)) {
+            const float* source[COUNT.value + 1];
+#pragma GCC unroll 4
+            for (int s = 0; s < COUNT.value; ++s) source[s] = at[s];
+            for (int64_t x = 0; x < n; x += LANES) {
+                f32x16 v = begins ? f32x16{} + start : *(const f32x16*)(to + x);
+#pragma GCC unroll 4
+                for (int s = 0; s < COUNT.value; ++s) v += *(const f32x16u*)(source[s] + x);
+                *(f32x16*)(to + x) = v;
+            }
+        };
+        int64_t s = 0;
+        for (; count - s >= 4; s += 4) add(Number<4>(), sources + s, s == 0);
+        if (count - s >= 2) add(Number<2>(), sources + s, s == 0), s += 2;
+        if (count - s == 1) add(Number<1>(), sources + s, s == 0);
+        if (count == 0) add(Number<0>(), sources, true);
+    }
+
     void by_taps(const Conv& c, Worker& w, const float* grid_, float* to) const {
         const SweepLayer& of = *c.layer;
         int64_t done = 0;  // input rows multiplied
         for (int64_t y = 0; y < c.H; ++y) {
             const int64_t origin = (y + of.ph) / of.sh, tap_row = (y + of.ph) % of.sh;
-            for (; done <= origin && done < c.h; ++done) multiply_taps(c, w, grid_, done);
+            // One row ahead: what was stored just now is slow to read back shifted.
+            for (; done <= origin + 1 && done < c.h; ++done) multiply_taps(c, w, grid_, done);
+            const int64_t size = c.wide * c.plane;
+            const float *last = w.planes + (c.ring - 1) * size, *first = w.planes + origin % c.ring * size;
             for (int64_t n = 0; n < of.out; ++n)
                 for (int64_t phase = 0; phase < of.sw; ++phase, to += c.group) {
                     const Phase& f = c.phases[phase];
                     int64_t sources = 0;
+                    const float* ring = first;
                     for (int64_t ky = tap_row, row = origin; ky < of.kh && row >= 0; ky += of.sh, --row) {
-                        if (row >= c.h) continue;
-                        const float* ring = w.planes + row % c.ring * c.wide * c.plane + c.before + f.origin_pixel;
-                        for (int64_t t = 0; t < f.taps_wide; ++t) {
-                            const int64_t kx = f.tap_pixel + t * of.sw;
-                            w.sources[sources++] = ring + ((ky * of.kw + kx) * of.out + n) * c.plane - t;
-                        }
+                        const float* from = ring + ((ky * of.kw + f.tap_pixel) * of.out + n) * c.plane + c.before;
+                        for (int64_t t = 0; row < c.h && t < f.taps_wide; ++t)
+                            w.sources[sources++] = from + t * of.sw * of.out * c.plane + f.origin_pixel - t;
+                        ring = ring == w.planes ? last : ring - size;
                     }
-                    for (int64_t x = 0; x < c.group; x += LANES) {
-                        f32x16 v = f32x16{} + of.bias[n];
-                        for (int64_t s = 0; s < sources; ++s) v += *(const f32x16u*)(w.sources[s] + x);
-                        *(f32x16*)(to + x) = v;
-                    }
+                    add_sources(w.sources, sources, of.bias[n], to, c.group);
                 }
         }
     }

@@ -132,13 +132,23 @@ Tile* tile_of(int64_t rows, int64_t pixels) {
         break;
     switch (rows * 100 + pixels) {
         CASE(1, 1)
-        CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8) CASE(1, 9) CASE(1, 10) CASE(1, 11)
-            CASE(1, 12) CASE(1, 13) CASE(1, 14) CASE(1, 15) CASE(1, 16) CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4)
-                CASE(2, 5) CASE(2, 6) CASE(3, 1) CASE(3, 2) CASE(3, 3) CASE(3, 4) CASE(4, 1) CASE(4, 2) CASE(4, 3)
+        CASE(1, 2)
+        CASE(1, 3)
+        CASE(1, 4)
+        CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8) CASE(1, 9) CASE(1, 10) CASE(1, 11) CASE(1, 12) CASE(1, 13)
+            CASE(1, 14) CASE(1, 15) CASE(1, 16) CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5) CASE(2, 6)
+                CASE(3, 1) CASE(3, 2) CASE(3, 3) CASE(3, 4) CASE(4, 1) CASE(4, 2) CASE(4, 3)
     }
     return nullptr;
 #undef CASE
 }
+
+// n cut into parts of at most `most`, as even as can be: the first `more` have one element more than the rest.
+struct Cuts {
+    int count, least, more;
+    Cuts(int n, int most) : count((n + most - 1) / most), least(n / count), more(n % count) {}
+    int size(int64_t part) const { return least + (part < more); }
+};
 
 // A grid of rows x pixels outputs times one panel of V vectors, cut into tiles as even as can be. `a` is where the
 // first output's own input lies.
@@ -146,19 +156,18 @@ template <int V>
 void grid(const Inputs& in, const Outputs& to, int64_t rows, int64_t pixels, const float* a, const float* w,
           const float* bias, float* out) {
     constexpr int64_t most = V == 1 ? MOST_ONE : MOST, most_high = 4, most_wide = 6;
-    const int64_t cuts = (pixels + most - 1) / most;
-    int64_t high = pixels > 0 && pixels <= most_wide ? most / pixels : 1;  // rows of a tile, at most
-    high = high < 1 ? 1 : high < most_high ? high : most_high;
-    const int64_t bands = (rows + high - 1) / high;
-    for (int64_t b = 0, y = 0; b < bands; ++b) {
-        const int64_t end = rows * (b + 1) / bands;
-        for (int64_t c = 0, x = 0; c < cuts; ++c) {
-            const int64_t stop = pixels * (c + 1) / cuts;
-            tile_of<V>(end - y, stop - x)(in, to, x, a + y * in.row + x * LANES, w, bias,
-                                          out + y * to.row + x * to.pixel);
+    if (rows <= 0 || pixels <= 0) return;
+    const int64_t high = pixels > most_wide ? 1 : most / pixels < most_high ? most / pixels : most_high;
+    const Cuts along((int)pixels, (int)most), down((int)rows, (int)high);
+    for (int64_t b = 0, y = 0; b < down.count; ++b) {
+        const int64_t next = y + down.size(b);
+        for (int64_t c = 0, x = 0; c < along.count; ++c) {
+            const int64_t stop = x + along.size(c);
+            tile_of<V>(next - y, stop - x)(in, to, x, a + y * in.row + x * LANES, w, bias,
+                                           out + y * to.row + x * to.pixel);
             x = stop;
         }
-        y = end;
+        y = next;
     }
 }
 

@@ -84,6 +84,8 @@ def latent_sweep(
         raise InputError(f"engine: {engine!r} is unknown; known: {', '.join(ENGINES)}")
     if precision not in PRECISIONS:
         raise InputError(f"precision: {precision!r} is unknown; known: {', '.join(PRECISIONS)}")
+    if engine == "generic" and precision != "float32":
+        raise InputError(f"precision: {precision!r} is of the fused engine, not of 'generic'")
     started = time.perf_counter()
     spec = grids.make(grid, z, scale, seed, draws)
     latents, steps = spec.decoded.nonzero(as_tuple=True)

@@ -3,6 +3,7 @@
 from .codes import Codes, code_sweep
 from .effects import Effects
 from .inputs import InputEffects, factor_pairs, input_effects, mask_region, noise_region, redraw_columns
+from .interactions import Interactions, latent_interactions
 from .latents import latent_sweep, posterior_scale
 from .sites import Wrapped, wrap
 
@@ -10,10 +11,12 @@ __all__ = [
     "Codes",
     "Effects",
     "InputEffects",
+    "Interactions",
     "Wrapped",
     "code_sweep",
     "factor_pairs",
     "input_effects",
+    "latent_interactions",
     "latent_sweep",
     "mask_region",
     "noise_region",

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import InputError
-from . import codebook, conv, inputs, linear, relu, softmax
+from . import codebook, conv, inputs, linear, pairs, relu, softmax
 from .circuit import Planted
 from .codebook import PlantedCodes
 from .inputs import PlantedEncoder
@@ -22,7 +22,7 @@ __all__ = ["Planted", "PlantedCodes", "PlantedEncoder", "all", "codebooks", "inp
 
 def all() -> list[Planted]:
     """Every planted decoder, made anew, float64 on the CPU."""
-    return [*linear.circuits(), *relu.circuits(), *conv.circuits(), *softmax.circuits()]
+    return [*linear.circuits(), *relu.circuits(), *conv.circuits(), *softmax.circuits(), *pairs.circuits()]
 
 
 def input_circuits() -> list[PlantedEncoder]:

@@ -451,7 +451,7 @@ def peak(samples, steps, replicates=10):
     shifts = torch.arange(1, steps + 1) / steps
     groups = partitions.spans([2] * 16)
     with LiveMemory() as memory:
-        E = sweep(decoder, z, grid=shifts, groups=groups, replicates=replicates)
+        E = sweep(decoder, z, grid=shifts, groups=groups, replicates=replicates, engine="generic")
     result = (E.tensor, E.replicates, E.step_replicates, E.step_size)
     return memory.peak, sum(t.nbytes for t in result)
 
@@ -559,7 +559,7 @@ def test_nothing_in_the_module_changes_when_input_is_refused():
 def test_hooks_fire_and_may_change_what_passes():
     """A steering hook is part of the decoder; every row passes it once."""
     decoder, z = decoder_of("conv"), codes(4)
-    plain = sweep(decoder, z)
+    plain = sweep(decoder, z, engine="generic")
     rows = {"top": 0, "ct1": 0}
 
     def count(name):

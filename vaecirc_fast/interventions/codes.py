@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,10 +12,10 @@ from torch import Tensor
 from ..errors import InputError
 from ..groups import Groups
 from ..metrics.causal import REPLICATES
-from . import engine, grids
+from . import grids
 from .accumulate import Axes
 from .effects import Effects
-from .engine import check_options
+from .engine import Calls, GenericPath, check_options, sweep
 
 NAMES = ("code_swap", "code_neighbour", "z_e", "z_q")
 DISCRETE = ("code_swap", "code_neighbour")
@@ -77,22 +78,21 @@ def code_sweep(
     if grid not in NAMES:
         raise InputError(f"grid: {grid!r} is unknown; known: {', '.join(NAMES)}")
     check_options(effect=effect, groups=groups, reduce=reduce, on=on, replicates=replicates, tile=tile, draws=draws)
+    started = time.perf_counter()
     make = _Discrete if grid in DISCRETE else _Requantised if grid == "z_e" else _Shifted
     form = make(codes, codebook, grid, scale, draws, seed)
-    return engine.sweep(
-        decoder,
-        form.base,
-        form.intervened,
-        form.axes,
-        effect=effect,
-        groups=groups,
-        reduce=reduce,
-        on=on,
-        replicates=replicates,
-        seed=seed,
-        tile=tile,
-        skip_unchanged=True,
-    )
+    call = Calls(decoder, form.base, effect, on, tile)
+    groups = call.partition(groups)
+    with call:
+        path = GenericPath(call, form.axes, form.intervened, groups, skip_unchanged=True, why="codes")
+        return sweep(
+            *(call, form.axes, path, groups),
+            effect=effect,
+            reduce=reduce,
+            replicates=replicates,
+            seed=seed,
+            started=started,
+        )
 
 
 class _Discrete:

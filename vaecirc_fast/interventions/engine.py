@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from ..errors import InputError
 from ..groups import Groups, whole
@@ -18,6 +16,7 @@ from ..ops import effect_reduction
 from ..reference.effect_reduction import KINDS
 from .accumulate import Accumulator, Axes
 from .effects import Effects
+from .networks import Recorded, record
 
 # Activations of one forward pass. A CPU tile should stay in the shared cache; a GPU tile should fill the
 # multiprocessors.
@@ -25,78 +24,116 @@ TILE_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
 LARGEST_TILE = 4096
 
 
+class Path(Protocol):
+    """One way to compute the effects of a sweep's interventions."""
+
+    def parts(self) -> Iterator[slice]:
+        """Slices of the samples, to be asked for one after the other."""
+        ...
+
+    def effects(self, part: slice) -> Tensor:
+        """(B, J, G) effects of the J decoded interventions on the samples of `part`."""
+        ...
+
+    def plan(self, seconds: float) -> str:
+        """What was done, for people; `seconds` is what the whole sweep took."""
+        ...
+
+
 def sweep(
-    decoder: Callable[[Tensor], Tensor],
-    inputs: Tensor,
-    intervened: Callable[[slice, Tensor], Tensor],
+    call: Calls,
     axes: Axes,
+    path: Path,
+    groups: Groups,
     *,
     effect: str,
-    groups: Groups | None,
     reduce: str | None,
-    on: str,
     replicates: int,
     seed: int,
-    tile: int | None,
-    skip_unchanged: bool = False,
+    started: float,
 ) -> Effects:
-    """Effects of `axes`' decoded interventions on the decoder's output, against its output for `inputs` (N, ...).
+    """Run all parts of a sweep along `path` and add up their effects. started: when, by `time.perf_counter()`."""
+    accumulator = Accumulator(
+        axes,
+        len(call.inputs),
+        groups,
+        effect=effect,
+        reduce=reduce,
+        replicates=replicates,
+        seed=seed,
+        dtype=call.dtype,
+        device=call.inputs.device,
+    )
+    for part in path.parts():
+        accumulator.add(part, path.effects(part))
+    return accumulator.result(path.plan(time.perf_counter() - started))
+
+
+class GenericPath:
+    """The decoder itself, called on intervened inputs. Used within `with call:`.
 
     intervened: (samples, interventions (J,)) -> (B, J, ...), what the decoder is given instead of inputs[samples]
     under each of these interventions, numbered as `axes.decoded.nonzero()` lists them. skip_unchanged: rows that equal
-    their base input are not decoded; their effect is exactly 0. The rest is as in `latent_sweep`.
+    their base input are not decoded; their effect is exactly 0. why: the reason for this path, for the plan.
     """
-    started = time.perf_counter()
-    samples = len(inputs)
-    with Calls(decoder, inputs, effect, on, tile) as call:
-        groups = call.partition(groups)
-        accumulator = Accumulator(
-            axes,
-            samples,
-            groups,
-            effect=effect,
-            reduce=reduce,
-            replicates=replicates,
-            seed=seed,
-            dtype=call.dtype,
-            device=inputs.device,
+
+    def __init__(
+        self,
+        call: Calls,
+        axes: Axes,
+        intervened: Callable[[slice, Tensor], Tensor],
+        groups: Groups,
+        *,
+        skip_unchanged: bool = False,
+        why: str = "",
+    ):
+        self.call, self.axes, self.intervened, self.groups = call, axes, intervened, groups
+        self.skip_unchanged, self.why, self.unchanged = skip_unchanged, why, 0
+        self.numbers = torch.arange(int(axes.decoded.sum()))
+
+    def parts(self) -> Iterator[slice]:
+        inputs = self.call.inputs
+        most = most_bytes(inputs.device) // (8 * self.axes.decoded.numel() * len(self.groups))  # effects of so many
+        return slices(len(inputs), max(1, min(self.call.rows, most, len(inputs))))
+
+    def effects(self, part: slice) -> Tensor:
+        call, inputs = self.call, self.call.inputs
+        base = call(inputs[part])
+        dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+        effects = base.new_zeros(len(base), len(self.numbers), len(self.groups), dtype=dtype)
+        for local, chosen in tiles(len(base), len(self.numbers), call.rows):
+            here = slice(part.start + local.start, part.start + local.stop)
+            batch = self.intervened(here, self.numbers[chosen])
+            if self.skip_unchanged:
+                changed = (batch != inputs[here, None]).flatten(2).any(2)
+                self.unchanged += int((~changed).sum())
+                if not bool(changed.all()):
+                    n, j = changed.nonzero(as_tuple=True)
+                    if len(n):
+                        e = call.effects(base[local][n], call(batch[n, j])[:, None], self.groups)
+                        effects[local.start + n, chosen.start + j] = e[:, 0]
+                    continue
+            y = call(batch.flatten(0, 1)).unflatten(0, batch.shape[:2])
+            effects[local, chosen] = call.effects(base[local], y, self.groups)
+        return effects
+
+    def plan(self, seconds: float) -> str:
+        call = self.call
+        because = f" ({self.why})" if self.why else ""
+        plan = (
+            f"generic engine{because}: {call.decodes} decodes in tiles of {call.rows} rows "
+            f"({call.recorded.bytes / 1e3:.0f} kB of activations a row), {1e6 * seconds / call.decodes:.1f} us a "
+            f"decode, {int((~self.axes.decoded).sum())} zero steps not decoded"
         )
-        numbers = torch.arange(int(axes.decoded.sum()))
-        unchanged = 0
-        most = most_bytes(inputs.device) // (8 * axes.decoded.numel() * len(groups))  # the effects of so many samples
-        for part in slices(samples, max(1, min(call.rows, most, samples))):
-            base = call(inputs[part])
-            effects = base.new_zeros(len(base), len(numbers), len(groups), dtype=accumulator.dtype)
-            for local, chosen in tiles(len(base), len(numbers), call.rows):
-                here = slice(part.start + local.start, part.start + local.stop)
-                batch = intervened(here, numbers[chosen])
-                if skip_unchanged:
-                    changed = (batch != inputs[here, None]).flatten(2).any(2)
-                    unchanged += int((~changed).sum())
-                    if not bool(changed.all()):
-                        n, j = changed.nonzero(as_tuple=True)
-                        if len(n):
-                            e = call.effects(base[local][n], call(batch[n, j])[:, None], groups)
-                            effects[local.start + n, chosen.start + j] = e[:, 0]
-                        continue
-                y = call(batch.flatten(0, 1)).unflatten(0, batch.shape[:2])
-                effects[local, chosen] = call.effects(base[local], y, groups)
-            accumulator.add(part, effects)
-    seconds = time.perf_counter() - started
-    plan = (
-        f"generic engine: {call.decodes} decodes in tiles of {call.rows} rows ({call.bytes_per_row / 1e3:.0f} kB of "
-        f"activations a row), {1e6 * seconds / call.decodes:.1f} us a decode, "
-        f"{int((~axes.decoded).sum())} zero steps not decoded"
-    )
-    if skip_unchanged:
-        plan += f", nor {unchanged} interventions that change nothing"
-    return accumulator.result(plan)
+        return plan + f", nor {self.unchanged} interventions that change nothing" if self.skip_unchanged else plan
 
 
 class Calls:
-    """A decoder ready for many calls: looked at, measured on one row, its parameters laid out for the CPU within.
+    """A decoder looked at on one row of the inputs (N, ...), and ready for many calls within `with`: a CPU module's
+    parameters are then laid out for its convolutions.
 
-    elements: P of an output. dtype: of the outputs. rows: of one call. decodes: rows that were asked for.
+    recorded: what the look showed. elements: P of an output. dtype: of the outputs. rows: of one call. decodes: rows
+    that were asked for.
     """
 
     def __init__(self, decoder: Any, inputs: Tensor, effect: str, on: str, tile: int | None):
@@ -106,19 +143,17 @@ class Calls:
         call = getattr(decoder, "logits", None) if on == "logits" or effect == "logit_mse" else decoder
         if call is None:
             raise InputError("on: the decoder has no method `logits`, which on='logits' and effect='logit_mse' need")
-        self._call, self._effect, self._decoder, self._inputs, self._tile = call, effect, decoder, inputs, tile
+        self._call, self._effect, self._decoder, self.inputs = call, effect, decoder, inputs
         self._stack = contextlib.ExitStack()
         self.decodes = 0
+        self.recorded = record(call, inputs[:1])
+        first = _checked_row(self.recorded, inputs[:1])
+        self.elements, self.dtype = first[0].numel(), first.dtype
+        fitting = max(1, min(most_bytes(inputs.device) // self.recorded.bytes, LARGEST_TILE))
+        self.rows = fitting if tile is None else tile
 
     def __enter__(self) -> Calls:
-        device = self._inputs.device
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_channels_last(self._decoder, device))
-            first, self.bytes_per_row = _measured(self._call, self._inputs[:1])
-            self._stack = stack.pop_all()
-        self.elements, self.dtype = first[0].numel(), first.dtype
-        fitting = max(1, min(most_bytes(device) // self.bytes_per_row, LARGEST_TILE))
-        self.rows = fitting if self._tile is None else self._tile
+        self._stack.enter_context(_channels_last(self._decoder, self.inputs.device))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -131,7 +166,7 @@ class Calls:
 
     def partition(self, groups: Groups | None) -> Groups:
         """The groups on the right device, all elements in one by default; InputError if they do not fit the output."""
-        groups = (whole(self.elements) if groups is None else groups).to(self._inputs.device)
+        groups = (whole(self.elements) if groups is None else groups).to(self.inputs.device)
         if groups.labels.numel() != self.elements:
             raise InputError(
                 f"groups: partition {groups.labels.numel()} elements, but the decoder's output has {self.elements}"
@@ -193,27 +228,12 @@ def _channels_last(decoder: Any, device: torch.device) -> Iterator[None]:
             p.data = data
 
 
-class _OutputBytes(TorchDispatchMode):
-    """Adds up the bytes of every tensor that the operations within produce; views of their inputs are none."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
-        made = (t for t in tree_iter(out) if isinstance(t, Tensor))
-        self.total += sum(t.nbytes for t in made if t.untyped_storage().data_ptr() not in given)
-        return out
-
-
-def _measured(call: Callable[[Tensor], Tensor], row: Tensor) -> tuple[Tensor, int]:
-    """The output for one row and the bytes of activations it made."""
-    with _OutputBytes() as counter:
-        y = call(row)
+def _checked_row(recorded: Recorded, row: Tensor) -> Tensor:
+    y = recorded.output
     if not isinstance(y, Tensor) or y.shape[:1] != row.shape[:1] or y.ndim < 2 or not y.is_floating_point():
         given = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise InputError(f"decoder: expected a float tensor (rows, ...) for z (rows, L), got {given} for one row")
-    return y, max(counter.total, 1)
+    return y
 
 
 def _outputs(call: Callable[[Tensor], Tensor], codes: Tensor, elements: int) -> Tensor:

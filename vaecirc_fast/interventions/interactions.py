@@ -163,8 +163,9 @@ def latent_interactions(
         spec.name, "latents", "step", labels, spec.coordinates, torch.ones(len(labels), steps, dtype=torch.bool)
     )
     singles = 0
-    with Calls(decoder, z, effect, on, tile) as call:
-        groups = call.partition(groups)
+    call = Calls(decoder, z, effect, on, tile)
+    groups = call.partition(groups)
+    with call:
         accumulator = Accumulator(
             axes,
             len(z),

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._registry import forced
 from ..errors import InputError
 from ..groups import Groups
 from ..metrics.causal import REPLICATES
-from . import engine, grids
+from ..reference.latent_sweep import PRECISIONS
+from . import grids
 from .accumulate import Axes
 from .effects import Effects
-from .engine import check_options
+from .engine import Calls, GenericPath, check_options, sweep
+from .fused import FusedPath, agrees, backend_for, gram_head
+
+ENGINES = ("auto", "fused", "gram", "generic")
 
 
 def posterior_scale(model: Any, x: Tensor, batch_size: int = 256) -> Tensor:
@@ -47,6 +54,8 @@ def latent_sweep(
     replicates: int = REPLICATES,
     seed: int = 0,
     tile: int | None = None,
+    engine: str = "auto",
+    precision: str = "float32",
 ) -> Effects:
     """Effects of do(z_i := ...) on the decoder's output, for every latent i and every step of a grid.
 
@@ -59,28 +68,77 @@ def latent_sweep(
     groups: partition of the output's elements; one group by default.
     reduce: "mean" over samples, with `replicates` bootstrap replicates accumulated on the way, so that memory does not
     grow with N or S (samples enter the bootstrap by index and `seed`, in any tiling alike); None keeps every sample.
-    tile: rows of one decoder call; chosen by the size of the activations if None.
+    tile: rows of one decoder call of the generic engine; chosen by the size of the activations if None.
+    engine: "auto" takes the fastest that applies, and the plan says which and why. "fused" computes with the layers
+    that one call of the decoder showed, in the kernels of `vf.ops.latent_sweep`; "gram", for squared effects before a
+    linear last layer, with that layer's R factor; "generic" calls the decoder. All are exact: they agree up to
+    rounding.
+    precision: of matrix products on the fused engine, "float32", "tf32" or "bf16"; the plan states its error.
 
     Returns Effects with dims (latent, step, group), sample first if reduce is None. A zero step is exactly 0 and never
     decoded. InputError for NaN codes or outputs, wrong shapes, unknown names.
     """
     check_codes(z)
     check_options(effect=effect, groups=groups, reduce=reduce, on=on, replicates=replicates, tile=tile, draws=draws)
+    if engine not in ENGINES:
+        raise InputError(f"engine: {engine!r} is unknown; known: {', '.join(ENGINES)}")
+    if precision not in PRECISIONS:
+        raise InputError(f"precision: {precision!r} is unknown; known: {', '.join(PRECISIONS)}")
+    if engine == "generic" and precision != "float32":
+        raise InputError(f"precision: {precision!r} is of the fused engine, not of 'generic'")
+    started = time.perf_counter()
     spec = grids.make(grid, z, scale, seed, draws)
     latents, steps = spec.decoded.nonzero(as_tuple=True)
-    return engine.sweep(
-        decoder,
-        z,
-        lambda samples, chosen: intervened(z, spec, samples, [latents[chosen]], steps[chosen]),
-        Axes.of_latents(spec),
-        effect=effect,
-        groups=groups,
-        reduce=reduce,
-        on=on,
-        replicates=replicates,
-        seed=seed,
-        tile=tile,
-    )
+    axes = Axes.of_latents(spec)
+    call = Calls(decoder, z, effect, on, tile)
+    groups = call.partition(groups)
+    path = _fused(call, groups, spec, effect, engine, precision)
+    with contextlib.ExitStack() as stack:
+        if isinstance(path, str):
+            if engine in ("fused", "gram") or precision != "float32":
+                wanted = f"engine: {engine!r}" if engine != "auto" else f"precision: {precision!r}"
+                raise InputError(f"{wanted} cannot be had: {path}")
+            stack.enter_context(call)
+            path = GenericPath(
+                call,
+                axes,
+                lambda samples, chosen: intervened(z, spec, samples, [latents[chosen]], steps[chosen]),
+                groups,
+                why=path,
+            )
+        return sweep(
+            *(call, axes, path, groups),
+            effect=effect,
+            reduce=reduce,
+            replicates=replicates,
+            seed=seed,
+            started=started,
+        )
+
+
+def _fused(call: Calls, groups: Groups, spec: grids.Grid, effect: str, engine: str, precision: str) -> FusedPath | str:
+    """The path that computes with the decoder's layers, or why the decoder itself must be called."""
+    if engine == "generic":
+        return "asked for"
+    network = call.recorded.network
+    if network is None:
+        return call.recorded.reason
+    backend = backend_for(call.inputs, precision)
+    if backend is None:
+        return f"the backend {forced()!r} has no kernel for it"
+    decodes = int(spec.decoded.sum()) * len(call.inputs)
+    head = gram_head(network, groups, effect, None if engine == "gram" else decodes)
+    if isinstance(head, str):
+        if engine == "gram":
+            return head
+        if backend == "reference" and engine == "auto" and precision == "float32":
+            return f"no kernel for {call.inputs.dtype} on {call.inputs.device.type}"
+        head = None
+    if engine == "fused":
+        head = None
+    path = FusedPath(network, groups, call.inputs, spec, effect, head=head, precision=precision)
+    codes = path.examples()
+    return path if agrees(network, codes, call(codes)) else "the layers read off it do not make its output"
 
 
 def check_codes(z: Tensor) -> None:

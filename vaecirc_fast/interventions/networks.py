@@ -61,6 +61,7 @@ class Recorded:
     reason: str
 
 
+@torch.no_grad()
 def record(call: Callable[[Tensor], Any], row: Tensor) -> Recorded:
     """Call a decoder on `row` (1, L) and read its layers off the operations it executes.
 
@@ -114,10 +115,11 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        with self:
-            out = func.decompose(*args, **kwargs)
-        if out is not NotImplemented:  # made of operations that were seen one by one
-            return out
+        if torch.is_inference_mode_enabled():  # then nothing has yet taken composite operations apart
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
         from_codes = any(id(t) in self.known for t in given)
         before = self.current.clone() if from_codes and not self.reason else None  # operations in place change it

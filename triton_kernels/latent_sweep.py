@@ -1178,7 +1178,7 @@ GATE = {
     "convolutions, tf32": (lambda: _launch_all(_CONVOLUTIONS, (64, 64), 4096, [0], 1, 1, 64), ()),
     "convolutions, bf16": (lambda: _launch_all(_CONVOLUTIONS, (64, 64), 4096, [0], 1, 2, 64), ()),
     "one convolution, all effects, bf16": (
-        lambda: _launch_all((256, (3, 4, 2, 1)), (8, 8), 256, [1, 3, 5], 1, 2, 8),
+        lambda: _launch_all((1024, (3, 4, 2, 1)), (8, 8), 256, [1, 3, 5], 1, 2, 8),
         (),
     ),
     "softmax": (

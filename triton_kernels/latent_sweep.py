@@ -774,12 +774,15 @@ class _Front:
         )
         for n in range(1, self.count):
             x, h = h, self._place(n, rows)
-            if self.layers[n][0] == TRANSPOSED:
-                self._transposed(n, x, h)
-            else:
-                arguments = (x, self.weights[n], self.biases[n], h, self.layers[n][1], self.slopes[n])
-                _product_of(self.arithmetic, *arguments)
+            self.layer(n, x, h)
         return h
+
+    def layer(self, n, x, out):
+        """Layer n, not the first: x to out."""
+        if self.layers[n][0] == TRANSPOSED:
+            self._transposed(n, x, out)
+        else:
+            _product_of(self.arithmetic, x, self.weights[n], self.biases[n], out, self.layers[n][1], self.slopes[n])
 
     def _place(self, n, rows):
         return self.memory[n % 2].narrow(0, 0, rows * math.prod(self.grids[n])).view(rows, *self.grids[n])
@@ -875,6 +878,8 @@ class _DenseTail:
         """Writes sums over runs."""
         rows, depth = h.shape
         blocks = self.arithmetic.blocks(rows, max(elements.count, elements.width), depth, "RND")
+        if self.arithmetic.gpu and sum(flags[name] for name in SUMS) > 1:
+            blocks["BLOCK_N"] = min(blocks["BLOCK_N"], 64)  # or registers spill
         blocks["BLOCK_N"] = max(blocks["BLOCK_N"], elements.width)
         _dense_tail_kernel[(triton.cdiv(rows, blocks["BLOCK_R"]) * triton.cdiv(elements.count, blocks["BLOCK_N"]),)](
             *(h, self.weight, self.bias, elements.keep, base, raw, sums, start, sample, rows, J, elements.count, depth),
@@ -957,6 +962,7 @@ class _TransposedTail:
             **blocks,
             BLOCK_T=max(16, min(_power(len(self.taps)), 64 if arithmetic.gpu else 512)),
             BLOCK_P=max(run, min(_power(P), 1024 // at_once if arithmetic.gpu else 4096)),
+            **({"maxnreg": 168} if arithmetic.gpu and arithmetic.precision == 0 else {}),  # or the compiler takes fewer
         )
 
 
@@ -1140,47 +1146,73 @@ def _decoder(*layers):
     return weights, biases, layout, [0.0] * len(weights)
 
 
-def _launch_all(layers, sides, P, kinds, link, precision, width, B=64, J=100):
-    """Every launch of a tile; which elements are of which group is not known where nothing runs."""
+def _launches(layers, sides, P, kinds, link, precision, width, what):
+    """The launches of a part of a call. Which elements are of which group is not known where nothing runs."""
+    B, J = 64, 100
     weights, biases, layout, slopes = _decoder(*layers)
-    shape = [_CHANNELS, 4, 4, *sides] if len(layout) and layout[-LAYER] else [0] * 5
+    shape = [_CHANNELS, 4, 4, *sides] if sides else [0] * 5
     arithmetic, flags = _Arithmetic(precision, True), _flags(kinds, link)
     elements = _Elements.__new__(_Elements)
     elements.width, elements.count, elements.runs = width, P, P // width
-    elements.order, elements.keep = _on_gpu(P, dtype=torch.int64), None if width == 64 else _on_gpu(P, dtype=torch.uint8)
+    elements.order, elements.keep = _on_gpu(P, dtype=torch.int64), None if width > 8 else _on_gpu(P, dtype=torch.uint8)
     elements.run_offsets = _on_gpu(65, dtype=torch.int32)
     front = _Front(weights, biases, layout, slopes, shape, arithmetic, 4 * elements.runs)
-    if shape[0]:
-        tail = _TransposedTail(front, biases[-1], shape, elements.order)
-    else:
-        tail = _DenseTail(front, weights[-1], biases[-1], elements.order)
     front.prepare(B * J)
-    latents, shifts = _on_gpu(J, 2, dtype=torch.int64), _on_gpu(B, J, 2)
     base, sums = _on_gpu(B, P), _on_gpu(4 * front.rows * elements.runs)
-    pre = front.pre(_on_gpu(B, 10))
-    h = front.run(pre, latents, shifts, 0, 0, front.rows)
-    tail.outputs(h, base, flags["LINKED"])
-    tail.effects(h, elements, base, base, sums, 0, 0, J, flags)
-    offsets, out = _on_gpu(65, dtype=torch.int32), _on_gpu(B, J, len(kinds), 64)
-    _add_up(sums, elements, offsets, out, 0, front.rows, kinds, flags)
+    h = [front._place(n, front.rows) for n in range(front.count)]
+    if what == "first":
+        front.count = 1
+        front.run(front.pre(_on_gpu(B, 10)), _on_gpu(J, 2, dtype=torch.int64), _on_gpu(B, J, 2), 0, 0, front.rows)
+    elif what == "between":
+        for n in range(1, front.count):
+            front.layer(n, h[n - 1], h[n])
+    elif what == "runs":
+        offsets, out = _on_gpu(65, dtype=torch.int32), _on_gpu(B, J, len(kinds), 64)
+        _add_up(sums, elements, offsets, out, 0, front.rows, kinds, flags)
+    else:
+        tail = _TransposedTail(front, biases[-1], shape, elements.order) if sides else None
+        tail = tail or _DenseTail(front, weights[-1], biases[-1], elements.order)
+        tail.outputs(h[-1], base, flags["LINKED"])
+        tail.effects(h[-1], elements, base, base, sums, 0, 0, J, flags)
+
+
+def _dense(*rest):
+    return _launches((256, 256, 4096), (), 4096, *rest)
+
+
+def _convolutions(*rest):
+    return _launches((1024, (64, 4, 2, 1), (32, 4, 2, 1), (32, 4, 2, 1), (1, 4, 2, 1)), (64, 64), 4096, *rest)
+
+
+def _one_convolution(*rest):
+    return _launches((1024, (3, 4, 2, 1)), (8, 8), 192, *rest)
 
 
 _CHANNELS = 64
-_CONVOLUTIONS = (1024, (64, 4, 2, 1), (32, 4, 2, 1), (32, 4, 2, 1), (1, 4, 2, 1))
+_ALL = [0, 1, 2, 3, 4, 5]
 _TENSOR_CORES = ("80:HMMA", "90:HGMMA", "100:UTCHMMA")
 # Launches that are compiled for GPUs which are not at hand, and instructions that their machine code must hold: see
 # tests/compile_gate.py.
 GATE = {
-    "dense, float32": (lambda: _launch_all((256, 4096), (), 4096, [0], 1, 0, 64), ()),
-    "dense, tf32": (lambda: _launch_all((256, 256, 4096), (), 4096, [0], 1, 1, 64), ()),
-    "dense, all effects, bf16": (lambda: _launch_all((256, 4096), (), 4096, [0, 1, 2, 3, 4, 5], 1, 2, 8), ()),
-    "convolutions, float32": (lambda: _launch_all(_CONVOLUTIONS, (64, 64), 4096, [0], 1, 0, 64), ()),
-    "convolutions, tf32": (lambda: _launch_all(_CONVOLUTIONS, (64, 64), 4096, [0], 1, 1, 64), ()),
-    "convolutions, bf16": (lambda: _launch_all(_CONVOLUTIONS, (64, 64), 4096, [0], 1, 2, 64), ()),
-    "one convolution, all effects, bf16": (
-        lambda: _launch_all((1024, (3, 4, 2, 1)), (8, 8), 256, [1, 3, 5], 1, 2, 8),
-        (),
-    ),
+    "first layer, tf32": (lambda: _dense([0], 1, 1, 64, "first"), ("FFMA",)),
+    "first layer, bf16": (lambda: _dense([0], 1, 2, 64, "first"), ("FFMA",)),
+    "dense, float32": (lambda: _dense([0], 1, 0, 64, "between"), ("FFMA", "LDGSTS")),
+    "dense, tf32": (lambda: _dense([0], 1, 1, 64, "between"), _TENSOR_CORES),
+    "dense, bf16": (lambda: _dense([0], 1, 2, 64, "between"), _TENSOR_CORES),
+    "dense tail, float32": (lambda: _dense([0], 1, 0, 64, "tail"), ("FFMA", "LDGSTS")),
+    "dense tail, all effects, float32": (lambda: _dense(_ALL, 1, 0, 8, "tail"), ("FFMA", "LDGSTS")),
+    "dense tail, tf32": (lambda: _dense([0], 1, 1, 64, "tail"), _TENSOR_CORES),
+    "dense tail, wide runs, identity, tf32": (lambda: _dense([2], 0, 1, 128, "tail"), _TENSOR_CORES),
+    "dense tail, all effects, bf16": (lambda: _dense(_ALL, 1, 2, 8, "tail"), _TENSOR_CORES),
+    "convolutions, float32": (lambda: _convolutions([0], 1, 0, 64, "between"), ("FFMA", "LDGSTS")),
+    "convolutions, tf32": (lambda: _convolutions([0], 1, 1, 64, "between"), _TENSOR_CORES),
+    "convolutions, bf16": (lambda: _convolutions([0], 1, 2, 64, "between"), _TENSOR_CORES),
+    "last two convolutions, float32": (lambda: _convolutions([0], 1, 0, 64, "tail"), ("FFMA", "BAR.SYNC")),
+    "last two convolutions, tf32": (lambda: _convolutions([0], 1, 1, 64, "tail"), (*_TENSOR_CORES, "BAR.SYNC")),
+    "last two convolutions, all effects, bf16": (lambda: _convolutions(_ALL, 1, 2, 8, "tail"), _TENSOR_CORES),
+    "one convolution, float32": (lambda: _one_convolution([3], 1, 0, 1, "tail"), ("FFMA", "BAR.SYNC")),
+    "one convolution, bf16": (lambda: _one_convolution([1, 3, 5], 1, 2, 64, "tail"), _TENSOR_CORES),
+    "runs": (lambda: _dense(_ALL, 1, 0, 8, "runs"), ("LDG.E",)),
     "softmax": (
         lambda: _softmax(_on_gpu(4096, 300), _on_gpu(9, dtype=torch.int32), 100, _on_gpu(4096, 300)),
         ("MUFU.EX2",),

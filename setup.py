@@ -16,6 +16,7 @@ from setuptools.errors import CompileError
 
 OPS = [
     "effect_reduction",
+    "latent_sweep",
     "render_sprites",
     "sparse_adam",
     "sparse_decode",
@@ -24,7 +25,8 @@ OPS = [
     "topk_encode",
 ]  # with a C++ kernel
 KERNELS = [f"csrc/cpu/{op}.cpp" for op in OPS]
-HEADERS = ["csrc/common.h", "csrc/sparse_entries.h", "csrc/cpu/topk_select.h", *(f"csrc/cpu/{op}.h" for op in OPS)]
+SHARED = ["activations", "effect_rows", "panels", "topk_select"]
+HEADERS = ["csrc/common.h", "csrc/sparse_entries.h", *(f"csrc/cpu/{name}.h" for name in [*SHARED, *OPS])]
 FLAGS = ["-O3", "-std=gnu++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # _native.py picks the widest set this processor has. Other architectures get the baseline alone.
 INSTRUCTION_SETS = {"baseline": []}

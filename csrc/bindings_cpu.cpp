@@ -10,6 +10,7 @@
 
 #include "common.h"
 #include "cpu/effect_reduction.h"
+#include "cpu/latent_sweep.h"
 #include "cpu/render_sprites.h"
 #include "cpu/sparse_adam.h"
 #include "cpu/sparse_decode.h"
@@ -26,6 +27,7 @@ struct Kernels {
     const char* set;
     bool (*effect_reduction)(const EffectReduction&);
     bool (*effect_reduction_backward)(const EffectReductionBackward&);
+    bool (*latent_sweep)(const LatentSweep&);
     int64_t (*render_sprites)(const RenderSprites&);
     void (*threshold_encode)(const ThresholdEncode&);
     void (*threshold_encode_backward)(const ThresholdEncodeBackward&);
@@ -45,6 +47,7 @@ struct Kernels {
     {#set,                           \
      set::effect_reduction,          \
      set::effect_reduction_backward, \
+     set::latent_sweep,              \
      set::render_sprites,            \
      set::threshold_encode,          \
      set::threshold_encode_backward, \
@@ -128,6 +131,49 @@ PYBIND11_MODULE(_C, m) {
                   {at<void>(base), at<void>(perturbed), at<int32_t>(labels), DType(dtype), Link(link), B, I, P, G,
                    at<void>(factors), factors_stride, at<void>(grad_base), at<void>(grad_perturbed), threads}));
           });
+    // sizes: B, L, J, K, P, G. layers: 12 numbers each, those of SweepLayer after its pointers, led by kind and
+    // activation.
+    m.def("latent_sweep", [](uintptr_t z, uintptr_t latents, uintptr_t shifts, const std::array<int64_t, 6>& sizes,
+                             const std::vector<uintptr_t>& weights, const std::vector<uintptr_t>& biases,
+                             const std::vector<std::array<int64_t, 12>>& layers, const std::vector<float>& slopes,
+                             const std::array<int64_t, 5>& shape, uintptr_t labels, const std::vector<int32_t>& kinds,
+                             int link, uintptr_t spans, int64_t n_spans, uintptr_t out, int threads) {
+        py::gil_scoped_release release;
+        if (weights.size() != layers.size() || biases.size() != layers.size() || slopes.size() != layers.size())
+            throw std::invalid_argument("latent_sweep: each layer has a weight, a bias and a slope");
+        std::vector<SweepLayer> all;
+        for (size_t n = 0; n < layers.size(); ++n) {
+            const auto [kind, activation, in, out, kh, kw, sh, sw, ph, pw, oph, opw] = layers[n];
+            all.push_back({int(kind), int(activation), slopes[n], at<float>(weights[n]), at<float>(biases[n]), in, out,
+                           kh, kw, sh, sw, ph, pw, oph, opw});
+        }
+        const auto [B, L, J, K, P, G] = sizes;
+        const auto [C, h, w, H, W] = shape;
+        checked(chosen->latent_sweep({at<float>(z),
+                                      at<int64_t>(latents),
+                                      at<float>(shifts),
+                                      B,
+                                      L,
+                                      J,
+                                      K,
+                                      all.data(),
+                                      int64_t(all.size()),
+                                      C,
+                                      h,
+                                      w,
+                                      H,
+                                      W,
+                                      P,
+                                      at<int32_t>(labels),
+                                      G,
+                                      kinds.data(),
+                                      int64_t(kinds.size()),
+                                      link,
+                                      at<int32_t>(spans),
+                                      n_spans,
+                                      at<float>(out),
+                                      threads}));
+    });
     m.def("render_sprites",
           [](uintptr_t factors, int64_t B, const std::array<int64_t, 6>& sizes, uintptr_t x, int64_t vertices,
              uintptr_t first, uintptr_t crossings, int format, uintptr_t out, bool fresh, int threads) {

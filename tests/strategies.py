@@ -76,3 +76,44 @@ def outputs(samples, interventions, elements, dtype=torch.float32, seed=0) -> tu
     base = torch.randn(samples, elements, generator=generator)
     step = torch.randn(samples, interventions, elements, generator=generator)
     return base.to(dtype), (base[:, None] + step + step.sign() / 4).to(dtype)
+
+
+@st.composite
+def decoder_module(draw, convolutions: bool) -> tuple[torch.nn.Module, int]:
+    """A random decoder in float64 and its latents: depths, widths, activations, kernels, strides, channels, links.
+
+    Weights are wide enough that effects stand well above rounding.
+    """
+    nn = torch.nn
+    latents = draw(st.integers(1, 5))
+    activation = draw(st.sampled_from([nn.ReLU, nn.Tanh, nn.SiLU, nn.ELU, nn.Sigmoid, lambda: nn.LeakyReLU(0.2)]))
+    parts: list[torch.nn.Module] = []
+    width = latents
+    for hidden in draw(st.lists(st.integers(1, 40), min_size=0 if convolutions else 1, max_size=3)):
+        parts += [nn.Linear(width, hidden, bias=draw(st.booleans())), activation()]
+        width = hidden
+    if convolutions:
+        channels, height, columns = draw(st.integers(1, 9)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
+        parts += [nn.Linear(width, channels * height * columns), activation()]
+        parts.append(nn.Unflatten(1, (channels, height, columns)))
+        count = draw(st.integers(1, 3))
+        for n in range(count):
+            out, kernel, stride = draw(st.integers(1, 20)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+            padding = draw(st.integers(0, (kernel - 1) // 2))
+            extra = draw(st.integers(0, stride - 1))
+            parts.append(nn.ConvTranspose2d(channels, out, kernel, stride, padding, extra))
+            parts += [activation()] if n < count - 1 else []
+            channels = out
+    else:
+        parts.append(nn.Linear(width, draw(st.integers(1, 70))))
+    if draw(st.booleans()):
+        parts.append(nn.Sigmoid())
+    elif not convolutions and draw(st.booleans()):
+        parts.append(nn.Softmax(1))
+    decoder = nn.Sequential(*parts).double().eval()
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    with torch.no_grad():
+        for p in decoder.parameters():
+            fan_in = p[0].numel() if p.ndim == 2 else max(1, p.shape[0])
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * (1.5 / fan_in**0.5))
+    return decoder, latents

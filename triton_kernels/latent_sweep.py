@@ -804,6 +804,7 @@ class _Front:
             **self.arithmetic.rounded,
             **self.arithmetic.product,
             **blocks,
+            **({"maxnreg": 128} if self.arithmetic.gpu and self.arithmetic.precision else {}),  # or sm_100 spills
         )
 
 
@@ -960,7 +961,7 @@ class _TransposedTail:
             **arithmetic.product,
             ROWS=at_once,
             **blocks,
-            BLOCK_T=max(16, min(_power(len(self.taps)), 64 if arithmetic.gpu else 512)),
+            BLOCK_T=max(16, min(_power(len(self.taps)), (64 if arithmetic.precision else 16) if arithmetic.gpu else 512)),
             BLOCK_P=max(run, min(_power(P), 1024 // at_once if arithmetic.gpu else 4096)),
             **({"maxnreg": 168} if arithmetic.gpu and arithmetic.precision == 0 else {}),  # or the compiler takes fewer
         )
@@ -1190,27 +1191,28 @@ def _one_convolution(*rest):
 
 _CHANNELS = 64
 _ALL = [0, 1, 2, 3, 4, 5]
+_FMA = ("80:FFMA", "90:FFMA", "100:FFMA2")
 _TENSOR_CORES = ("80:HMMA", "90:HGMMA", "100:UTCHMMA")
 # Launches that are compiled for GPUs which are not at hand, and instructions that their machine code must hold: see
 # tests/compile_gate.py.
 GATE = {
-    "first layer, tf32": (lambda: _dense([0], 1, 1, 64, "first"), ("FFMA",)),
-    "first layer, bf16": (lambda: _dense([0], 1, 2, 64, "first"), ("FFMA",)),
-    "dense, float32": (lambda: _dense([0], 1, 0, 64, "between"), ("FFMA", "LDGSTS")),
+    "first layer, tf32": (lambda: _dense([0], 1, 1, 64, "first"), _FMA),
+    "first layer, bf16": (lambda: _dense([0], 1, 2, 64, "first"), _FMA),
+    "dense, float32": (lambda: _dense([0], 1, 0, 64, "between"), (*_FMA, "LDGSTS")),
     "dense, tf32": (lambda: _dense([0], 1, 1, 64, "between"), _TENSOR_CORES),
     "dense, bf16": (lambda: _dense([0], 1, 2, 64, "between"), _TENSOR_CORES),
-    "dense tail, float32": (lambda: _dense([0], 1, 0, 64, "tail"), ("FFMA", "LDGSTS")),
-    "dense tail, all effects, float32": (lambda: _dense(_ALL, 1, 0, 8, "tail"), ("FFMA", "LDGSTS")),
+    "dense tail, float32": (lambda: _dense([0], 1, 0, 64, "tail"), (*_FMA, "LDGSTS")),
+    "dense tail, all effects, float32": (lambda: _dense(_ALL, 1, 0, 8, "tail"), (*_FMA, "LDGSTS")),
     "dense tail, tf32": (lambda: _dense([0], 1, 1, 64, "tail"), _TENSOR_CORES),
     "dense tail, wide runs, identity, tf32": (lambda: _dense([2], 0, 1, 128, "tail"), _TENSOR_CORES),
     "dense tail, all effects, bf16": (lambda: _dense(_ALL, 1, 2, 8, "tail"), _TENSOR_CORES),
-    "convolutions, float32": (lambda: _convolutions([0], 1, 0, 64, "between"), ("FFMA", "LDGSTS")),
+    "convolutions, float32": (lambda: _convolutions([0], 1, 0, 64, "between"), (*_FMA, "LDGSTS")),
     "convolutions, tf32": (lambda: _convolutions([0], 1, 1, 64, "between"), _TENSOR_CORES),
     "convolutions, bf16": (lambda: _convolutions([0], 1, 2, 64, "between"), _TENSOR_CORES),
-    "last two convolutions, float32": (lambda: _convolutions([0], 1, 0, 64, "tail"), ("FFMA", "BAR.SYNC")),
+    "last two convolutions, float32": (lambda: _convolutions([0], 1, 0, 64, "tail"), (*_FMA, "BAR.SYNC")),
     "last two convolutions, tf32": (lambda: _convolutions([0], 1, 1, 64, "tail"), (*_TENSOR_CORES, "BAR.SYNC")),
     "last two convolutions, all effects, bf16": (lambda: _convolutions(_ALL, 1, 2, 8, "tail"), _TENSOR_CORES),
-    "one convolution, float32": (lambda: _one_convolution([3], 1, 0, 1, "tail"), ("FFMA", "BAR.SYNC")),
+    "one convolution, float32": (lambda: _one_convolution([3], 1, 0, 1, "tail"), (*_FMA, "BAR.SYNC")),
     "one convolution, bf16": (lambda: _one_convolution([1, 3, 5], 1, 2, 64, "tail"), _TENSOR_CORES),
     "runs": (lambda: _dense(_ALL, 1, 0, 8, "runs"), ("LDG.E",)),
     "softmax": (

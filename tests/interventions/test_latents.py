@@ -13,8 +13,8 @@ import vaecirc_fast as vf
 from vaecirc_fast import groups as partitions
 from vaecirc_fast import models
 from vaecirc_fast.errors import InputError
+from vaecirc_fast.interventions import engine, posterior_scale
 from vaecirc_fast.interventions import latent_sweep as sweep
-from vaecirc_fast.interventions import latents, posterior_scale
 from vaecirc_fast.metrics.statistics import poisson_weights
 
 N, L = 3, 3
@@ -426,7 +426,7 @@ def test_no_call_has_more_rows_than_a_tile(tile):
 @pytest.mark.parametrize("name", ["conv", "conv cropped", "mlp"])
 def test_automatic_tiles_hold_a_set_number_of_bytes(name, monkeypatch):
     """The activations of one call, counted independently, fill the budget and do not overrun it."""
-    monkeypatch.setitem(latents.TILE_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(engine.TILE_BYTES, "cpu", 1 << 20)
     decoder = Recorder(decoder_of(name))
     sweep(decoder, codes(200))
     largest = max(decoder.batches, key=len)
@@ -451,7 +451,7 @@ def peak(samples, steps, replicates=10):
     shifts = torch.arange(1, steps + 1) / steps
     groups = partitions.spans([2] * 16)
     with LiveMemory() as memory:
-        E = sweep(decoder, z, grid=shifts, groups=groups, replicates=replicates)
+        E = sweep(decoder, z, grid=shifts, groups=groups, replicates=replicates, engine="generic")
     result = (E.tensor, E.replicates, E.step_replicates, E.step_size)
     return memory.peak, sum(t.nbytes for t in result)
 
@@ -471,7 +471,7 @@ def test_the_memory_meter_measures():
 def test_memory_does_not_grow_with_samples_or_steps(monkeypatch):
     """Beyond the result itself, which has an entry for every step."""
     budget = 1 << 17
-    monkeypatch.setitem(latents.TILE_BYTES, "cpu", budget)
+    monkeypatch.setitem(engine.TILE_BYTES, "cpu", budget)
     few, _ = peak(64, 20)
     many_samples, _ = peak(1024, 20)
     assert many_samples < 1.1 * few  # slices are as long as fits, so not quite equally long
@@ -559,7 +559,7 @@ def test_nothing_in_the_module_changes_when_input_is_refused():
 def test_hooks_fire_and_may_change_what_passes():
     """A steering hook is part of the decoder; every row passes it once."""
     decoder, z = decoder_of("conv"), codes(4)
-    plain = sweep(decoder, z)
+    plain = sweep(decoder, z, engine="generic")
     rows = {"top": 0, "ct1": 0}
 
     def count(name):

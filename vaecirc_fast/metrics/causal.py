@@ -25,9 +25,13 @@ def step_normalised(tensor: Tensor, step_size: Tensor | None) -> Tensor:
     """
     if step_size is None:
         return tensor.mean(-2)
+    return (tensor * step_weights(step_size).to(tensor)[..., None]).sum(-2)
+
+
+def step_weights(step_size: Tensor) -> Tensor:
+    """What `step_normalised` weighs steps by, (latent, step): 1 / |step| over the number of steps that are not 0."""
     used = step_size > 0
-    weight = torch.where(used, 1 / torch.where(used, step_size, 1), 0) / used.sum(-1, keepdim=True).clamp(min=1)
-    return (tensor * weight.to(tensor)[..., None]).sum(-2)
+    return torch.where(used, 1 / torch.where(used, step_size, 1), 0) / used.sum(-1, keepdim=True).clamp(min=1)
 
 
 def specificity_of(effects: Tensor) -> Tensor:

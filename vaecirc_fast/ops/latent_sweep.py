@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _registry
+from .. import _native, _registry
 from ..errors import BackendError, InputError
 from ..groups import Groups, whole
 from ..reference import latent_sweep as reference
@@ -171,6 +171,17 @@ def latent_sweep(
     return out.squeeze(-2) if isinstance(effect, str) else out
 
 
+def outputs(network: Network, z: Tensor) -> Tensor:
+    """The network's outputs (R, P), after the link, for codes z (R, L); in plain torch."""
+    weights = [layer.weight for layer in network.layers]
+    biases = [_bias(layer) for layer in network.layers]
+    layout = [number for layer in network.layers for number in _numbers(layer)]
+    slopes = [layer.slope for layer in network.layers]
+    pre = torch.nn.functional.linear(z, weights[0], biases[0])
+    y = reference.logits(pre, weights, biases, layout, slopes, _shape(network))
+    return reference.linked(y, reference.LINKS.index(network.link), torch.tensor([0, *network.spans]).cumsum(0))
+
+
 def _numbers(layer: Dense | TransposedConvolution) -> tuple[int, ...]:
     activation = reference.ACTIVATIONS.index(layer.activation)
     if isinstance(layer, Dense):
@@ -328,8 +339,54 @@ def _fake_backward(grad, z, latents, shifts, weights, biases, *rest):
 torch.library.register_autograd("vaecirc_fast::latent_sweep", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
+def _cpp_forward(
+    z: Tensor,
+    latents: Tensor,
+    shifts: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    layout: Sequence[int],
+    slopes: Sequence[float],
+    shape: Sequence[int],
+    labels: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    kinds: Sequence[int],
+    link: int,
+    spans: Tensor,
+    precision: int,
+) -> Tensor:
+    samples, interventions, at_once = shifts.shape
+    groups = offsets.numel() - 1
+    tensors = [t.contiguous() for t in (z, latents, shifts, labels, spans)]
+    weights, biases = [w.contiguous() for w in weights], [b.contiguous() for b in biases]
+    layers, products, pixels, grid = [], 0, 1, shape[1:3]
+    for n, weight in enumerate(weights):
+        kind, activation, *geometry = layout[reference.LAYER * n : reference.LAYER * (n + 1)]
+        if kind == reference.DENSE:
+            (made, taken), kernel = weight.shape, (1, 1)
+        else:
+            (taken, made), kernel, pixels = weight.shape[:2], weight.shape[2:], grid[0] * grid[1]
+            grid = reference.output_grid(grid, kernel, geometry)
+        layers.append((kind, activation, taken, made, *kernel, *geometry))
+        products += pixels * weight.numel()
+    out = torch.empty((samples, interventions, len(kinds), groups), dtype=torch.float32)
+    _native.cpp().latent_sweep(
+        *(_native.address(t) for t in tensors[:3]),
+        (*z.shape, interventions, at_once, labels.numel(), groups),
+        *([_native.address(w) for w in weights], [_native.address(b) for b in biases], layers, slopes, shape),
+        *(_native.address(tensors[3]), kinds, link, _native.address(tensors[4]), max(spans.numel() - 1, 0)),
+        *(_native.address(out), _native.threads(samples * interventions * products)),
+    )
+    return out
+
+
 def _load_reference():
     return {"latent_sweep": reference.forward}
+
+
+def _load_cpp():
+    return {"latent_sweep": _cpp_forward}
 
 
 def _load_triton():
@@ -343,9 +400,9 @@ ROW = _registry.Row(
     "latent_sweep",
     cells={
         "reference": _registry.Kernel(_load_reference, ("cpu", "cuda"), _FLOATS, _registry.always),
-        "cpp": _registry.Absent("is being written"),
+        "cpp": _registry.Kernel(_load_cpp, ("cpu",), (torch.float32,), _registry.cpp_reason),
         "triton": _registry.Kernel(_load_triton, ("cpu", "cuda"), (torch.float32,), _registry.triton_reason),
         "cuda": _registry.Absent("is not written: a product with a fused end is what Triton is for; not measured"),
     },
-    order={"cpu": ("reference",), "cuda": ("triton", "reference")},
+    order={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
 )

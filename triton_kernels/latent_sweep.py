@@ -267,9 +267,7 @@ def _dense_tail_kernel(
     into = sums + r.to(tl.int64)[:, None] * runs + run[None, :]
     inside = (r < rows)[:, None] & (run < runs)[None, :]
     stride = tl.cast(rows, tl.int64) * runs
-    _add_effects(
-        total, at, base, raw, valid, kept, into, stride, inside, LINKED, ABSOLUTE, SQUARE, PLAIN, RAW, WIDTH
-    )
+    _add_effects(total, at, base, raw, valid, kept, into, stride, inside, LINKED, ABSOLUTE, SQUARE, PLAIN, RAW, WIDTH)
 
 
 # --- transposed convolutions -----------------------------------------------------------------------------------------
@@ -753,7 +751,9 @@ class _Front:
         """Pre-activations (B, N) of the first layer, exact."""
         out = torch.empty(len(z), len(self.first), device=z.device)
         if len(z):
-            _product_of(self.arithmetic, z, self.first, self.biases[0], out, IDENTITY.value, 0.0, exact=True, operand=False)
+            _product_of(
+                self.arithmetic, z, self.first, self.biases[0], out, IDENTITY.value, 0.0, exact=True, operand=False
+            )
         return out
 
     def run(self, pre, latents, shifts, start, sample, rows):
@@ -794,9 +794,7 @@ class _Front:
         phases = layer[2] * layer[3]
         pixels = rows * triton.cdiv(out_height, layer[2]) * triton.cdiv(out_width, layer[3])
         blocks = self.arithmetic.blocks(pixels, outputs, channels, "MNC")
-        _transposed_kernel[
-            (triton.cdiv(pixels, blocks["BLOCK_M"]), phases, triton.cdiv(outputs, blocks["BLOCK_N"]))
-        ](
+        _transposed_kernel[(triton.cdiv(pixels, blocks["BLOCK_M"]), phases, triton.cdiv(outputs, blocks["BLOCK_N"]))](
             *(x, weight, self.biases[n], out, rows, height, width, out_height, out_width, channels, outputs),
             self.slopes[n],
             **_geometry(weight, layer),
@@ -939,6 +937,8 @@ class _TransposedTail:
         between = self.taps.shape[1]
         blocks = arithmetic.blocks(ROWS, between if pair else 16, channels, "MNC")
         blocks["BLOCK_N"] = max(16, _power(between)) if pair else 16
+        if arithmetic.gpu and arithmetic.precision == 0:
+            blocks |= {"num_warps": 8, "maxnreg": 160 if pair else 200}  # or the compiler spills
         own = 4 * len(self.taps) * self.pixels
         q = self.down * self.across
         at_once = max(1, min(blocks["BLOCK_M"] // q, _power(rows), TAP_BYTES // own))
@@ -961,9 +961,10 @@ class _TransposedTail:
             **arithmetic.product,
             ROWS=at_once,
             **blocks,
-            BLOCK_T=max(16, min(_power(len(self.taps)), (64 if arithmetic.precision else 16) if arithmetic.gpu else 512)),
+            BLOCK_T=max(
+                16, min(_power(len(self.taps)), (64 if arithmetic.precision else 16) if arithmetic.gpu else 512)
+            ),
             BLOCK_P=max(run, min(_power(P), 1024 // at_once if arithmetic.gpu else 4096)),
-            **({"maxnreg": 168} if arithmetic.gpu and arithmetic.precision == 0 else {}),  # or the compiler takes fewer
         )
 
 
@@ -996,8 +997,24 @@ def forward(
         return out
     arithmetic = _Arithmetic(precision, z.is_cuda)
     if link == 2 or len(weights) == 1:
-        _formed(z, latents, shifts, weights, biases, layout, slopes, shape, labels, order, offsets, kinds, link, spans,
-                arithmetic, out)
+        _formed(
+            z,
+            latents,
+            shifts,
+            weights,
+            biases,
+            layout,
+            slopes,
+            shape,
+            labels,
+            order,
+            offsets,
+            kinds,
+            link,
+            spans,
+            arithmetic,
+            out,
+        )
         return out
     elements = _Elements(labels, order, offsets)
     flags = _flags(kinds, link)

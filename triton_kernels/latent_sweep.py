@@ -648,12 +648,14 @@ def _softmax_kernel(
         inside = (r < rows)[:, None] & (p < end)[None, :]
         part = tl.load(x + row + p[None, :], mask=inside, other=float("-inf"))
         largest = tl.maximum(largest, tl.max(part, 1))
+    largest = tl.where(r < rows, largest, 0.0)
     total = tl.zeros([BLOCK_R], tl.float32)
     for first in range(begin, end, BLOCK_S):
         p = first + tl.arange(0, BLOCK_S)
         inside = (r < rows)[:, None] & (p < end)[None, :]
         part = tl.load(x + row + p[None, :], mask=inside, other=float("-inf"))
-        total += tl.sum(tl.where(inside, tl.exp(part - largest[:, None]), 0.0), 1)
+        total += tl.sum(tl.exp(part - largest[:, None]), 1)
+    total = tl.where(r < rows, total, 1.0)
     for first in range(begin, end, BLOCK_S):
         p = first + tl.arange(0, BLOCK_S)
         inside = (r < rows)[:, None] & (p < end)[None, :]
@@ -757,7 +759,7 @@ class _Front:
         return out
 
     def run(self, pre, latents, shifts, start, sample, rows):
-        """What enters the tail for `rows` rows from `start` on: (rows, ...), in memory that the next call overwrites."""
+        """What enters the tail for `rows` rows from `start` on: (rows, ...), in memory that the next call reuses."""
         J, K = latents.shape
         N = len(self.first)
         # The one layer of a linear decoder is not an operand of anything.

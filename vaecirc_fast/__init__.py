@@ -11,12 +11,13 @@ from ._registry import backend, backends
 if TYPE_CHECKING:
     from . import compat, data, interventions, metrics, models, nn, planted, report, studies, sweeps, training
     from .compat import accelerate
-    from .interventions import latent_sweep, posterior_scale, wrap
+    from .interventions import code_sweep, latent_sweep, posterior_scale, wrap
 
 __all__ = [
     "accelerate",
     "backend",
     "backends",
+    "code_sweep",
     "compat",
     "data",
     "errors",
@@ -41,7 +42,9 @@ __version__ = "0.1.0"
 _MODULES = frozenset(
     {"compat", "data", "interventions", "metrics", "models", "nn", "planted", "report", "studies", "sweeps", "training"}
 )
-_FUNCTIONS = {name: "interventions" for name in ("latent_sweep", "posterior_scale", "wrap")} | {"accelerate": "compat"}
+_FUNCTIONS = {name: "interventions" for name in ("code_sweep", "latent_sweep", "posterior_scale", "wrap")} | {
+    "accelerate": "compat"
+}
 
 
 def __getattr__(name: str):

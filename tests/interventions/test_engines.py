@@ -25,8 +25,11 @@ GRIDS = ("fixed", "posterior", "resample", "traverse")
 
 def engines_for(decoder, z, groups, effect):
     """Those that apply, by the planner's own words."""
+    network = record(decoder, z[:1]).network
+    if network is None:  # a product of latents is no layer
+        return ["generic", "auto"]
     names = ["generic", "fused", "auto"]
-    head = fused.gram_head(record(decoder, z[:1]).network, groups, effect)
+    head = fused.gram_head(network, groups, effect)
     return names if isinstance(head, str) else [*names, "gram"]
 
 

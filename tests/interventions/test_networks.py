@@ -91,7 +91,9 @@ def test_what_is_read_off():
 @torch.no_grad()
 def test_planted_circuits_are_known(circuit):
     network = record(circuit.decoder, circuit.z[:1]).network
-    assert network is not None
+    assert (network is None) == (circuit.name == "product")  # of two latents, which no layer makes
+    if network is None:
+        return
     assert torch.allclose(outputs(network, circuit.z), circuit.decoder(circuit.z).flatten(1), rtol=1e-12, atol=1e-12)
 
 

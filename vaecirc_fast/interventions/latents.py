@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def latent_sweep(
     Returns Effects with dims (latent, step, group), sample first if reduce is None. A zero step is exactly 0 and never
     decoded. InputError for NaN codes or outputs, wrong shapes, unknown names.
     """
-    _check_codes(z)
+    check_codes(z)
     check_options(effect=effect, groups=groups, reduce=reduce, on=on, replicates=replicates, tile=tile, draws=draws)
     if engine not in ENGINES:
         raise InputError(f"engine: {engine!r} is unknown; known: {', '.join(ENGINES)}")
@@ -102,7 +102,7 @@ def latent_sweep(
             path = GenericPath(
                 call,
                 axes,
-                lambda samples, chosen: _intervened(z, spec, samples, latents[chosen], steps[chosen]),
+                lambda samples, chosen: intervened(z, spec, samples, [latents[chosen]], steps[chosen]),
                 groups,
                 why=path,
             )
@@ -141,7 +141,7 @@ def _fused(call: Calls, groups: Groups, spec: grids.Grid, effect: str, engine: s
     return path if agrees(network, codes, call(codes)) else "the layers read off it do not make its output"
 
 
-def _check_codes(z: Tensor) -> None:
+def check_codes(z: Tensor) -> None:
     if not isinstance(z, Tensor) or z.ndim != 2 or not z.is_floating_point() or 0 in z.shape:
         given = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
         raise InputError(f"z: expected floats of shape (N, L) with N, L > 0, got {given}")
@@ -149,10 +149,11 @@ def _check_codes(z: Tensor) -> None:
         raise InputError("z: contains NaN or infinity")
 
 
-def _intervened(z: Tensor, spec: grids.Grid, samples: slice, latents: Tensor, steps: Tensor) -> Tensor:
-    """Codes (B, J, L) of samples z[samples], each under the J interventions."""
-    batch = z[samples][:, None].repeat(1, len(latents), 1)
-    columns = latents.to(z.device)
-    values = spec.values(z, samples, columns, steps.to(z.device))
-    batch.scatter_(2, columns.expand(len(batch), -1)[..., None], values[..., None])
+def intervened(z: Tensor, spec: grids.Grid, samples: slice, latents: Sequence[Tensor], steps: Tensor) -> Tensor:
+    """Codes (B, J, L) of samples z[samples], each under J interventions: latents k[j], for all k (J,), at steps[j]."""
+    batch = z[samples][:, None].repeat(1, len(steps), 1)
+    for columns in latents:
+        columns = columns.to(z.device)
+        values = spec.values(z, samples, columns, steps.to(z.device))
+        batch.scatter_(2, columns.expand(len(batch), -1)[..., None], values[..., None])
     return batch

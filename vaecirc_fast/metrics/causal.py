@@ -47,15 +47,16 @@ def ces(E: Any, level: float = 0.95) -> pandas.DataFrame:
     """Causal effect strength of each latent: mean over samples and steps of effect / |step|.
 
     E: the result of `vf.latent_sweep` with effect "l1", "rms" or "tv" on grid "fixed" (raw CES, per unit of z),
-    "posterior" (per posterior sd), "resample" (undivided) or explicit shifts. Groups are averaged by their number of
-    elements (spans of "tv": equally). Returns columns latent, ces, low, high in the units of the outputs; the interval
-    is a Poisson bootstrap over samples (a jackknife with t below 8).
+    "posterior" (per posterior sd), "resample" (undivided) or explicit shifts; or of `vf.code_sweep`, where a position
+    or channel stands for the latent. Groups are averaged by their number of elements (spans of "tv": equally). Returns
+    columns latent, ces, low, high in the units of the outputs; the interval is a Poisson bootstrap over samples (a
+    jackknife with t below 8).
     InputError for the effects "mse", "logit_mse" and "signed" and for the grid "traverse".
     """
     _check(E, "ces")
     weights = E.group_weights.double().cpu()
     point, replicates = _normalised(E)
-    return _table("ces", point @ weights, replicates @ weights, E.samples, level)
+    return _table("ces", E, point @ weights, replicates @ weights, level)
 
 
 def specificity(E: Any, level: float = 0.95) -> pandas.DataFrame:
@@ -69,7 +70,7 @@ def specificity(E: Any, level: float = 0.95) -> pandas.DataFrame:
     if E.group_weights.numel() < 2:
         raise InputError("specificity: needs at least two groups, got 1; pass groups= to the sweep")
     point, replicates = _specificities(E)
-    return _table("specificity", point, replicates, E.samples, level)
+    return _table("specificity", E, point, replicates, level)
 
 
 def _check(E: Any, metric: str) -> None:
@@ -94,14 +95,15 @@ def _normalised(E: Any) -> tuple[Tensor, Tensor]:
     return point.mean(0), replicates
 
 
-def _table(name: str, point: Tensor, replicates: Tensor, samples: int, level: float) -> pandas.DataFrame:
+def _table(name: str, E: Any, point: Tensor, replicates: Tensor, level: float) -> pandas.DataFrame:
     import pandas
 
     intervals = [
-        resampled_interval(float(v), r.numpy(), samples, level) for v, r in zip(point, replicates.T, strict=True)
+        resampled_interval(float(v), r.numpy(), E.samples, level) for v, r in zip(point, replicates.T, strict=True)
     ]
     low, high = zip(*intervals, strict=True)
-    return pandas.DataFrame({"latent": range(point.numel()), name: point.numpy(), "low": low, "high": high})
+    unit = E.dims[-3]
+    return pandas.DataFrame({unit: E.coords[unit], name: point.numpy(), "low": low, "high": high})
 
 
 def model_ces(E: Any, level: float = 0.95) -> tuple[Estimate, Tensor]:

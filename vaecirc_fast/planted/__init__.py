@@ -9,24 +9,30 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import InputError
-from . import conv, inputs, linear, relu, softmax
+from . import codebook, conv, inputs, linear, pairs, relu, softmax
 from .circuit import Planted
+from .codebook import PlantedCodes
 from .inputs import PlantedEncoder
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Planted", "PlantedEncoder", "all", "input_circuits", "score", "score_inputs"]
+__all__ = ["Planted", "PlantedCodes", "PlantedEncoder", "all", "codebooks", "input_circuits", "score", "score_inputs"]
 
 
 def all() -> list[Planted]:
     """Every planted decoder, made anew, float64 on the CPU."""
-    return [*linear.circuits(), *relu.circuits(), *conv.circuits(), *softmax.circuits()]
+    return [*linear.circuits(), *relu.circuits(), *conv.circuits(), *softmax.circuits(), *pairs.circuits()]
 
 
 def input_circuits() -> list[PlantedEncoder]:
     """Every planted encoder, whose units answer to known factors of its inputs; made anew, float64 on the CPU."""
     return inputs.all()
+
+
+def codebooks() -> list[PlantedCodes]:
+    """Every planted codebook with its decoder; made anew, float64 on the CPU."""
+    return codebook.all()
 
 
 def score(method: Callable[[Planted], Any]) -> pandas.DataFrame:

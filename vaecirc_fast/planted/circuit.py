@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,6 +34,8 @@ class Planted:
     the outputs. effect: the kind of effect that suits its outputs, "l1", or "tv" where they are probabilities.
     change: the closed form, (z (N, L), latent, shift (N, S)) -> (N, S, P) float64: how far each output moves when the
     latent alone is shifted. It is written out from the planted weights in numpy and never runs the decoder.
+    interaction: likewise what two latents shifted together add to what each does alone, (z, latent, other latent, shift
+    (N, S), shift of the other) -> (N, S, P); None where no two latents interact.
 
     Weights, codes and scales are small multiples of powers of two, so that float32 holds them exactly.
     """
@@ -46,6 +48,7 @@ class Planted:
     groups: Groups
     change: Callable[[np.ndarray, int, np.ndarray], np.ndarray]
     effect: str = "l1"
+    interaction: Callable[[np.ndarray, int, int, np.ndarray, np.ndarray], np.ndarray] | None = None
 
     def effects(self, grid: str | np.ndarray | Tensor = "posterior", effect: str | None = None) -> np.ndarray:
         """Mean effect over samples: (latent, step, group) float64.
@@ -63,6 +66,29 @@ class Planted:
             dy = self.change(z, i, shifts[:, i])
             for g in range(len(self.groups)):
                 out[i, :, g] = reduction(dy[..., labels == g]).mean(0)
+        return out
+
+    def interactions(
+        self, pairs: Sequence[tuple[int, int]], grid: str | np.ndarray | Tensor = "posterior", effect: str | None = None
+    ) -> np.ndarray:
+        """Mean effects over samples of pairs shifted together, (pair, measure, step, group) float64.
+
+        Measures: joint, of both shifts; additive, of the sum of what each does alone; interaction, of the difference of
+        the two. Arguments as in `effects`.
+        """
+        shifts, _ = self._steps(grid)
+        reduction = self._reduction(effect)
+        labels = self.groups.labels.cpu().numpy()
+        z = self.z.detach().double().cpu().numpy()
+        out = np.empty((len(pairs), 3, shifts.shape[2], len(self.groups)))
+        for n, (i, j) in enumerate(pairs):
+            alone = self.change(z, i, shifts[:, i]) + self.change(z, j, shifts[:, j])
+            more = 0 * alone
+            if self.interaction is not None:
+                more = self.interaction(z, i, j, shifts[:, i], shifts[:, j])
+            for m, dy in enumerate((alone + more, alone, more)):
+                for g in range(len(self.groups)):
+                    out[n, m, :, g] = reduction(dy[..., labels == g]).mean(0)
         return out
 
     def strengths(self, grid: str | np.ndarray | Tensor = "posterior", effect: str | None = None) -> np.ndarray:

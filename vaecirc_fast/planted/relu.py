@@ -63,6 +63,16 @@ def gate() -> Planted:
             closing = 0 * shift
         return np.concatenate([gated[..., None] * out, closing[..., None]], -1)
 
+    def interaction(z: np.ndarray, i: int, j: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        moved_a, moved_b = (first, second) if i == 0 else (second, first)
+        a, b = z[:, 0, None], z[:, 1, None]
+
+        def unit(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            return np.maximum(np.maximum(b, 0) - 4 * np.maximum(-a, 0), 0)
+
+        more = unit(a + moved_a, b + moved_b) - unit(a + moved_a, b) - unit(a, b + moved_b) + unit(a, b)
+        return np.concatenate([more[..., None] * out, 0 * more[..., None]], -1)
+
     # open, shut, half open, and b below zero where nothing can pass
     z = [[5.0, 2.0], [1.0, 4.0], [-5.0, 2.0], [-3.0, 1.0], [-0.25, 3.0], [-0.5, 2.5], [0.25, -1.0], [-1.0, -6.0]]
     return Planted(
@@ -79,4 +89,5 @@ def gate() -> Planted:
         scale=torch.tensor([0.5, 1.0], dtype=torch.float64),
         groups=spans([3, 1], ["gated", "gate"]),
         change=change,
+        interaction=interaction,
     )

@@ -50,6 +50,18 @@ def circuits() -> list[Planted]:
             parts.append(p * (tilt / (p * tilt).sum(-1, keepdims=True) - 1) if (w != w[0]).any() else 0 * p * tilt)
         return np.concatenate(parts, -1)
 
+    def interaction(z: np.ndarray, i: int, j: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        parts = []
+        for span in (slice(0, 3), slice(3, 7)):
+            odds = np.exp(z @ weight[span].T + bias[span])[:, None]
+            tilts = [np.exp(weight[span, k] * shift[..., None]) for k, shift in ((i, first), (j, second))]
+
+            def shares(tilt: np.ndarray | float, odds: np.ndarray = odds) -> np.ndarray:
+                return odds * tilt / (odds * tilt).sum(-1, keepdims=True)
+
+            parts.append(shares(tilts[0] * tilts[1]) - shares(tilts[0]) - shares(tilts[1]) + shares(1.0))
+        return np.concatenate(parts, -1)
+
     return [
         Planted(
             name="softmax_spans",
@@ -60,5 +72,6 @@ def circuits() -> list[Planted]:
             groups=spans(SIZES),
             change=change,
             effect="tv",
+            interaction=interaction,
         )
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import re
 import subprocess
@@ -24,9 +25,10 @@ def measure(
     form: str,
     ours: bool = False,
     rounds: int = ROUNDS,
+    memory: bool = False,
     **facts: Any,
 ) -> None:
-    """Time `call`, `rounds` times after two warm-up calls.
+    """Time `call`, `rounds` times after two warm-up calls; with `memory`, also the most memory it takes.
 
     `form` is what was timed in `case`, `ours` whether it is this project's; where several are, the first counts. Facts:
     `bytes`, `decodes` or `images` of one call. A form that is slow may do fewer of them than the others: the tables
@@ -41,8 +43,30 @@ def measure(
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
+    if memory:
+        call()
+        facts["peak_bytes"] = peak_bytes(call)
     benchmark.extra_info.update(case=case, form=form, ours=ours, calls=calls, **facts)
     benchmark.pedantic(synchronised, rounds=rounds, warmup_rounds=2)
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """The most memory alive during `call` beyond what was before: of the process on a CPU, of torch on a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # or what an earlier call freed would hide what this one takes
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _resident("VmRSS")
+    call()
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(mark: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(mark)))
 
 
 def _calls(call: Callable[[], Any]) -> int:

@@ -99,17 +99,18 @@ struct Phase {
     int64_t origin_row, origin_pixel;  // of its tap 0 in the input
     int64_t tap_row, tap_pixel;        // of its tap 0 in the kernel
     int64_t taps_high, taps_wide;
-    int64_t* taps;
+    int64_t* taps;  // (taps_high, taps_wide), as Inputs has them
+    int64_t* shifts;
     float* weights;
 };
 
 struct Conv {
     const SweepLayer* layer;
-    int64_t h, w;                    // of the input
-    int64_t H, W;                    // of the output
-    int64_t top, left, high, pitch;  // of the input's grid: halo and whole size, in pixels
-    int64_t grid;                    // floats of it
-    int64_t wide;                    // outputs, padded; or columns, in the form of taps
+    int64_t h, w;         // of the input
+    int64_t H, W;         // of the output
+    int64_t left, pitch;  // of the input's grid: halo and whole width, in pixels
+    int64_t grid;         // floats of it
+    int64_t wide;         // outputs, padded; or columns, in the form of taps
     bool by_taps;
     Phase* phases;   // (sh sw)
     float* bias;     // (wide)
@@ -211,8 +212,8 @@ struct Sweep {
             c.weights = c.by_taps ? memory.take<float>(c.wide * of.in) : nullptr;
             c.phases = memory.take<Phase>(of.sh * of.sw);
             if (!c.phases) return;
-            int64_t bottom = 0, right = 0, widest = 0, furthest = 0;
-            c.top = c.left = c.before = 0;
+            int64_t right = 0, widest = 0, furthest = 0;
+            c.left = c.before = 0;
             for (int64_t p = 0; p < of.sh * of.sw; ++p) {
                 Phase& f = c.phases[p];
                 f.row = p / of.sw, f.pixel = p % of.sw;
@@ -225,20 +226,19 @@ struct Sweep {
                 widest = most_of(widest, f.pixels);
                 c.before = most_of(c.before, f.taps_wide - 1 - f.origin_pixel);
                 furthest = most_of(furthest, f.origin_pixel);
-                f.taps = nullptr, f.weights = nullptr;
+                f.taps = f.shifts = nullptr, f.weights = nullptr;
                 if (c.by_taps) continue;
                 f.taps = memory.take<int64_t>(f.taps_high * f.taps_wide);
+                f.shifts = memory.take<int64_t>(f.taps_high * f.taps_wide);
                 f.weights = memory.take<float>(f.taps_high * f.taps_wide * of.in * c.wide);
-                if (f.rows == 0 || f.pixels == 0 || f.taps_high == 0 || f.taps_wide == 0) continue;
-                c.top = most_of(c.top, f.taps_high - 1 - f.origin_row);
+                if (f.pixels == 0 || f.taps_wide == 0) continue;
                 c.left = most_of(c.left, f.taps_wide - 1 - f.origin_pixel);
-                bottom = most_of(bottom, f.origin_row + f.rows - c.h);
                 right = most_of(right, f.origin_pixel + f.pixels - c.w);
             }
-            c.high = c.top + c.h + bottom;
             c.pitch = c.left + c.w + right;
-            c.grid = up(of.in, COLUMN) * c.high * c.pitch;
-            c.ring = (of.kh + of.sh - 1) / of.sh;
+            c.grid = up(of.in, COLUMN) * c.h * c.pitch;
+            c.before = up(c.before, LANES);
+            c.ring = (of.kh + of.sh - 1) / of.sh + 1;
             c.group = up(widest, LANES);
             c.plane = up(c.before + most_of(up(c.w, LANES), furthest + c.group), LANES);
         }
@@ -355,7 +355,16 @@ struct Sweep {
             d.bias[from + c] = rows_of[c] < 0 ? 0 : d.layer->bias[rows_of[c]];
         }
         int64_t first = K - 1;
-        for (int64_t block = 0; block < K; block += LANES)
+        bool every = columns % LANES == 0;
+        for (int64_t c = 0; c < columns; ++c) every &= rows_of[c] == rows_of[0] + c;
+        for (int64_t block = 0; block < K; block += LANES) {
+            if (every && block + LANES <= K) {
+                for (int64_t c = 0; c < columns; c += LANES)
+                    transpose(d.layer->weight + rows_of[c] * K + block, K, to + block * columns + c, columns);
+                for (int64_t i = block * columns; first == K - 1 && i < (block + LANES) * columns; ++i)
+                    if (to[i] != 0) first = least(first, i / columns);
+                continue;
+            }
             for (int64_t c = 0; c < columns; ++c) {
                 const float* row = d.layer->weight + rows_of[c] * K;
                 for (int64_t k = block; k < least(block + LANES, K); ++k) {
@@ -364,13 +373,17 @@ struct Sweep {
                     if (weight != 0 && k < first) first = k;
                 }
             }
+        }
         d.first[from / WIDTH] = first;
     }
 
     void pack_phase(const Conv& c, Phase& f) {
         const SweepLayer& of = *c.layer;
-        for (int64_t ty = 0; ty < f.taps_high; ++ty)
-            for (int64_t tx = 0; tx < f.taps_wide; ++tx) f.taps[ty * f.taps_wide + tx] = -(ty * c.pitch + tx) * COLUMN;
+        for (int64_t t = 0; t < f.taps_high * f.taps_wide; ++t) {
+            const int64_t ty = t / f.taps_wide, tx = t % f.taps_wide;
+            f.taps[t] = -(ty * c.pitch + tx) * COLUMN;
+            f.shifts[t] = f.origin_pixel - tx;
+        }
         const int64_t taps = f.taps_high * f.taps_wide, steps = taps * of.in;
         for_panels(0, c.wide, [&](int64_t from, int V) {
             float* to = f.weights + from * steps;
@@ -472,7 +485,7 @@ struct Sweep {
                      int64_t block, int64_t row) const {
         const Dense& d = dense[l];
         const int64_t K = d.layer->in, blocks = up(K, COLUMN) / COLUMN, here = 0;
-        Inputs in = {&here, 1, blocks, K - (blocks - 1) * COLUMN, rows * COLUMN, 0, 0};
+        Inputs in = {&here, &here, 1, blocks, K - (blocks - 1) * COLUMN, rows * COLUMN, 0, n, 0};
         const Outputs out = {block, 0, row, d.after, d.layer->slope};
         for_panels(from, to, [&](int64_t c, int V) {
             in.first_step = d.skips && finite ? d.first[c / WIDTH] : 0;
@@ -490,6 +503,12 @@ struct Sweep {
 
     // --- transposed convolutions, one row at a time ---
 
+    // The taps, of those above each other, that row y of a phase finds inside the input.
+    static int64_t first_tap(const Conv& c, const Phase& f, int64_t y) {
+        return least(f.taps_high, most_of(0, f.origin_row + y - c.h + 1));
+    }
+    static int64_t last_tap(const Phase& f, int64_t y) { return least(f.taps_high, f.origin_row + y + 1); }
+
     void direct(const Conv& c, const float* from, float* to, int64_t block, int64_t to_pitch) const {
         const SweepLayer& of = *c.layer;
         const int64_t blocks = up(of.in, COLUMN) / COLUMN;
@@ -497,14 +516,20 @@ struct Sweep {
         for_panels(0, c.wide, [&](int64_t n, int V) {
             for (int64_t p = 0; p < of.sh * of.sw; ++p) {
                 const Phase& f = c.phases[p];
-                const int64_t taps = f.taps_high * f.taps_wide;
-                const Inputs in = {
-                    f.taps,           taps, blocks, of.in - (blocks - 1) * COLUMN, c.high * c.pitch * COLUMN,
-                    c.pitch * COLUMN, 0};
-                const int64_t pixel = (c.top + f.origin_row) * c.pitch + c.left + f.origin_pixel;
-                grid_of(V, in, out, f.rows, f.pixels, from + pixel * COLUMN, (const float*)f.weights + n * taps * of.in,
-                        (const float*)c.bias + n,
-                        to + n / COLUMN * block + n % COLUMN + (f.row * to_pitch + f.pixel) * COLUMN);
+                const float* weights = f.weights + n * f.taps_high * f.taps_wide * of.in;
+                // Bands of rows with the same taps inside the input.
+                for (int64_t y = 0, end; y < f.rows; y = end) {
+                    const int64_t first = first_tap(c, f, y), last = last_tap(f, y);
+                    for (end = y + 1; end < f.rows && first_tap(c, f, end) == first && last_tap(f, end) == last;) ++end;
+                    const int64_t skipped = first * f.taps_wide, taps = most_of(0, last - first) * f.taps_wide;
+                    const Inputs in = {
+                        f.taps + skipped,       f.shifts + skipped, taps, blocks, of.in - (blocks - 1) * COLUMN,
+                        c.h * c.pitch * COLUMN, c.pitch * COLUMN,   c.w,  0};
+                    grid_of(V, in, out, end - y, f.pixels,
+                            from + ((f.origin_row + y) * c.pitch + c.left + f.origin_pixel) * COLUMN,
+                            weights + skipped * of.in * V * WIDTH, (const float*)c.bias + n,
+                            to + n / COLUMN * block + n % COLUMN + ((f.row + y * of.sh) * to_pitch + f.pixel) * COLUMN);
+                }
             }
         });
         if (!c.separately) return;
@@ -517,7 +542,7 @@ struct Sweep {
     void multiply_taps(const Conv& c, Worker& w, const float* grid_, int64_t y) const {
         const SweepLayer& of = *c.layer;
         const int64_t blocks = up(of.in, COLUMN) / COLUMN, here = 0;
-        const Inputs in = {&here, 1, blocks, of.in - (blocks - 1) * COLUMN, c.high * c.pitch * COLUMN, 0, 0};
+        const Inputs in = {&here, &here, 1, blocks, of.in - (blocks - 1) * COLUMN, c.h * c.pitch * COLUMN, 0, c.w, 0};
         const Outputs out = {COLUMN, 0, c.wide, After::nothing, 0};
         for_panels(0, c.wide, [&](int64_t n, int V) {
             grid_of(V, in, out, (int64_t)1, c.w, grid_ + y * c.pitch * COLUMN, (const float*)c.weights + n * of.in,
@@ -534,7 +559,7 @@ struct Sweep {
         typedef i32x16 I;
         f32x16 a[LANES], b[LANES];
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) a[i] = *(const f32x16*)(from + i * from_row);
+        for (int i = 0; i < LANES; ++i) a[i] = *(const f32x16u*)(from + i * from_row);
         const I low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
         const I high = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
 #pragma GCC unroll 8
@@ -566,29 +591,48 @@ struct Sweep {
         }
     }
 
+    // to[x] = start + the sum of sources[s][x].
+    __attribute__((noinline)) static void add_sources(const float* const* sources, int64_t count, float start,
+                                                      float* to, int64_t n) {
+        const auto add = [&](auto COUNT, const float* const* at, bool begins) __attribute__((always_inline)) {
+            const float* source[COUNT.value + 1];
+#pragma GCC unroll 4
+            for (int s = 0; s < COUNT.value; ++s) source[s] = at[s];
+            for (int64_t x = 0; x < n; x += LANES) {
+                f32x16 v = begins ? f32x16{} + start : *(const f32x16*)(to + x);
+#pragma GCC unroll 4
+                for (int s = 0; s < COUNT.value; ++s) v += *(const f32x16u*)(source[s] + x);
+                *(f32x16*)(to + x) = v;
+            }
+        };
+        int64_t s = 0;
+        for (; count - s >= 4; s += 4) add(Number<4>(), sources + s, s == 0);
+        if (count - s >= 2) add(Number<2>(), sources + s, s == 0), s += 2;
+        if (count - s == 1) add(Number<1>(), sources + s, s == 0);
+        if (count == 0) add(Number<0>(), sources, true);
+    }
+
     void by_taps(const Conv& c, Worker& w, const float* grid_, float* to) const {
         const SweepLayer& of = *c.layer;
         int64_t done = 0;  // input rows multiplied
         for (int64_t y = 0; y < c.H; ++y) {
             const int64_t origin = (y + of.ph) / of.sh, tap_row = (y + of.ph) % of.sh;
-            for (; done <= origin && done < c.h; ++done) multiply_taps(c, w, grid_, done);
+            // One row ahead: what was stored just now is slow to read back shifted.
+            for (; done <= origin + 1 && done < c.h; ++done) multiply_taps(c, w, grid_, done);
+            const int64_t size = c.wide * c.plane;
+            const float *last = w.planes + (c.ring - 1) * size, *first = w.planes + origin % c.ring * size;
             for (int64_t n = 0; n < of.out; ++n)
                 for (int64_t phase = 0; phase < of.sw; ++phase, to += c.group) {
                     const Phase& f = c.phases[phase];
                     int64_t sources = 0;
+                    const float* ring = first;
                     for (int64_t ky = tap_row, row = origin; ky < of.kh && row >= 0; ky += of.sh, --row) {
-                        if (row >= c.h) continue;
-                        const float* ring = w.planes + row % c.ring * c.wide * c.plane + c.before + f.origin_pixel;
-                        for (int64_t t = 0; t < f.taps_wide; ++t) {
-                            const int64_t kx = f.tap_pixel + t * of.sw;
-                            w.sources[sources++] = ring + ((ky * of.kw + kx) * of.out + n) * c.plane - t;
-                        }
+                        const float* from = ring + ((ky * of.kw + f.tap_pixel) * of.out + n) * c.plane + c.before;
+                        for (int64_t t = 0; row < c.h && t < f.taps_wide; ++t)
+                            w.sources[sources++] = from + t * of.sw * of.out * c.plane + f.origin_pixel - t;
+                        ring = ring == w.planes ? last : ring - size;
                     }
-                    for (int64_t x = 0; x < c.group; x += LANES) {
-                        f32x16 v = f32x16{} + of.bias[n];
-                        for (int64_t s = 0; s < sources; ++s) v += *(const f32x16u*)(w.sources[s] + x);
-                        *(f32x16*)(to + x) = v;
-                    }
+                    add_sources(w.sources, sources, of.bias[n], to, c.group);
                 }
         }
     }
@@ -598,16 +642,14 @@ struct Sweep {
         const Conv& in = conv[0];
         const int64_t line = in.w * COLUMN;
         for (int64_t r = 0; r < entry / line; ++r)
-            memcpy(w.grids[0] + ((r / in.h * in.high + in.top + r % in.h) * in.pitch + in.left) * COLUMN, x + r * line,
-                   line * sizeof(float));
+            memcpy(w.grids[0] + (r * in.pitch + in.left) * COLUMN, x + r * line, line * sizeof(float));
         for (int64_t l = 0; l < n_conv; ++l) {
             const Conv& c = conv[l];
             if (c.by_taps) {
                 by_taps(c, w, w.grids[l], w.logits);
             } else if (l + 1 < n_conv) {
                 const Conv& next = conv[l + 1];
-                direct(c, w.grids[l], w.grids[l + 1] + (next.top * next.pitch + next.left) * COLUMN,
-                       next.high * next.pitch * COLUMN, next.pitch);
+                direct(c, w.grids[l], w.grids[l + 1] + next.left * COLUMN, next.h * next.pitch * COLUMN, next.pitch);
             } else {
                 direct(c, w.grids[l], w.logits, c.H * c.W * COLUMN, c.W);
             }

@@ -38,10 +38,12 @@ enum class After : int { nothing, relu, leaky_relu };
 
 // Where the inputs of one output lie: for each tap, so many blocks of 16 channels, the last of which may be partial.
 struct Inputs {
-    const int64_t* taps;  // (n_taps) from the pixel's own input to the tap's, in floats
+    const int64_t* taps;    // (n_taps) from the pixel's own input to the tap's, in floats
+    const int64_t* shifts;  // (n_taps) in pixels along the row: pixel x takes pixel x + shift of the input
     int64_t n_taps, blocks, last;
     int64_t block;       // floats from one block to the next
     int64_t row;         // floats from one row of pixels to the next
+    int64_t pixels;      // of the input's row: beyond are zeros, which may be left out
     int64_t first_step;  // of the only tap: earlier steps have zero weights
 };
 
@@ -54,33 +56,53 @@ struct Outputs {
     float slope;
 };
 
-// R x PX pixels (R rows) from `a` on, times V vectors of output channels.
+template <int N>
+struct Number {
+    static constexpr int value = N;
+};
+
+// R x PX pixels (R rows) from `a` on, the first of which is number x of its row, times V vectors of output channels.
 template <int R, int PX, int V>
-void tile(const Inputs& in, const Outputs& to, const float* a, const float* w, const float* bias, float* out) {
+void tile(const Inputs& in, const Outputs& to, int64_t x, const float* a, const float* w, const float* bias,
+          float* out) {
     vf sum[R * PX][V];
 #pragma GCC unroll 16
     for (int i = 0; i < R * PX; ++i)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) sum[i][v] = *(const vf*)(bias + v * WIDTH);
+    // One step of pixels [FROM, TO) of each row.
+    const auto step = [&](auto FROM, auto TO, const float* p, const float* w) __attribute__((always_inline)) {
+        vf b[V];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) b[v] = *(const vf*)(w + v * WIDTH);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+            for (int i = FROM.value; i < TO.value; ++i) {
+                const vf y = p[r * in.row + i * LANES] - vf{};
+#pragma GCC unroll 2
+                for (int v = 0; v < V; ++v) sum[r * PX + i][v] += y * b[v];
+            }
+    };
+    const auto whole_block = [&](auto FROM, auto TO, const float* p) __attribute__((always_inline)) {
+        for (const float* stop = p + LANES; p < stop; p += 2, w += 2 * V * WIDTH) {
+            step(FROM, TO, p, w);
+            step(FROM, TO, p + 1, w + V * WIDTH);
+        }
+    };
     int64_t block = in.first_step / LANES, k = in.first_step % LANES;
     w += in.first_step * V * WIDTH;
     for (int64_t t = 0; t < in.n_taps; ++t) {
+        const int64_t shifted = x + in.shifts[t];
         for (; block < in.blocks; ++block) {
             const float* p = a + in.taps[t] + block * in.block;
-            const float* end = p + (block + 1 < in.blocks ? LANES : in.last);
-            for (p += k; p < end; ++p) {
-                vf b[V];
-#pragma GCC unroll 2
-                for (int v = 0; v < V; ++v) b[v] = *(const vf*)(w + v * WIDTH);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-                    for (int i = 0; i < PX; ++i) {
-                        const vf x = p[r * in.row + i * LANES] - vf{};
-#pragma GCC unroll 2
-                        for (int v = 0; v < V; ++v) sum[r * PX + i][v] += x * b[v];
-                    }
-                w += V * WIDTH;
+            const int64_t end = block + 1 < in.blocks ? LANES : in.last;
+            if (end - k == LANES) {
+                if (PX > 1 && shifted < 0) whole_block(Number<(PX > 1)>(), Number<PX>(), p);
+                else if (PX > 1 && shifted + PX > in.pixels) whole_block(Number<0>(), Number<PX - 1>(), p);
+                else whole_block(Number<0>(), Number<PX>(), p);
+            } else {
+                for (; k < end; ++k, w += V * WIDTH) step(Number<0>(), Number<PX>(), p + k, w);
             }
             k = 0;
         }
@@ -100,7 +122,7 @@ void tile(const Inputs& in, const Outputs& to, const float* a, const float* w, c
             }
 }
 
-typedef void Tile(const Inputs&, const Outputs&, const float*, const float*, const float*, float*);
+typedef void Tile(const Inputs&, const Outputs&, int64_t, const float*, const float*, const float*, float*);
 
 template <int V>
 Tile* tile_of(int64_t rows, int64_t pixels) {
@@ -110,33 +132,42 @@ Tile* tile_of(int64_t rows, int64_t pixels) {
         break;
     switch (rows * 100 + pixels) {
         CASE(1, 1)
-        CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8) CASE(1, 9) CASE(1, 10) CASE(1, 11)
-            CASE(1, 12) CASE(1, 13) CASE(1, 14) CASE(1, 15) CASE(1, 16) CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4)
-                CASE(4, 1) CASE(4, 2)
+        CASE(1, 2)
+        CASE(1, 3)
+        CASE(1, 4)
+        CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8) CASE(1, 9) CASE(1, 10) CASE(1, 11) CASE(1, 12) CASE(1, 13)
+            CASE(1, 14) CASE(1, 15) CASE(1, 16) CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5) CASE(2, 6)
+                CASE(3, 1) CASE(3, 2) CASE(3, 3) CASE(3, 4) CASE(4, 1) CASE(4, 2) CASE(4, 3)
     }
     return nullptr;
 #undef CASE
 }
 
-// A grid of rows x pixels outputs times one panel of V vectors, cut into tiles as even as can be. `step` is the
-// distance between neighbouring outputs' inputs: always one pixel.
+// n cut into parts of at most `most`, as even as can be: the first `more` have one element more than the rest.
+struct Cuts {
+    int count, least, more;
+    Cuts(int n, int most) : count((n + most - 1) / most), least(n / count), more(n % count) {}
+    int size(int64_t part) const { return least + (part < more); }
+};
+
+// A grid of rows x pixels outputs times one panel of V vectors, cut into tiles as even as can be. `a` is where the
+// first output's own input lies.
 template <int V>
 void grid(const Inputs& in, const Outputs& to, int64_t rows, int64_t pixels, const float* a, const float* w,
           const float* bias, float* out) {
-    constexpr int64_t most = V == 1 ? MOST_ONE : MOST;
+    constexpr int64_t most = V == 1 ? MOST_ONE : MOST, most_high = 4, most_wide = 6;
     if (rows <= 0 || pixels <= 0) return;
-    const int64_t cuts = (pixels + most - 1) / most;
-    int64_t high = 1;  // rows of a tile
-    if (cuts == 1) high = 4 * pixels <= most && pixels <= 2 ? 4 : 2 * pixels <= most && pixels <= 4 ? 2 : 1;
-    for (int64_t r = 0; r < rows; r += high) {
-        while (high > rows - r) high /= 2;
-        int64_t from = 0;
-        for (int64_t c = 0; c < cuts; ++c) {
-            const int64_t to_pixel = pixels * (c + 1) / cuts;
-            tile_of<V>(high, to_pixel - from)(in, to, a + r * in.row + from * LANES, w, bias,
-                                              out + r * to.row + from * to.pixel);
-            from = to_pixel;
+    const int64_t high = pixels > most_wide ? 1 : most / pixels < most_high ? most / pixels : most_high;
+    const Cuts along((int)pixels, (int)most), down((int)rows, (int)high);
+    for (int64_t b = 0, y = 0; b < down.count; ++b) {
+        const int64_t next = y + down.size(b);
+        for (int64_t c = 0, x = 0; c < along.count; ++c) {
+            const int64_t stop = x + along.size(c);
+            tile_of<V>(next - y, stop - x)(in, to, x, a + y * in.row + x * LANES, w, bias,
+                                           out + y * to.row + x * to.pixel);
+            x = stop;
         }
+        y = next;
     }
 }
 

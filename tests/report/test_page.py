@@ -249,6 +249,14 @@ def test_runs_of_the_first_protocol_have_no_effects_of_the_input(study, change, 
     assert "inputs" not in found.ids and "sites-table" not in found.tables
 
 
+def test_the_plans_of_the_sweeps_are_printed(study, page):
+    rows = {row[0]: row[1] for row in page(study).tables["plans-table"] if len(row) == 2}
+    for grid in ("fixed", "posterior", "resample"):
+        assert "us a decode" in rows[grid] and "engine" in rows[grid]
+    shown = [row[0] for row in page(study).tables["plans-table"] if len(row) == 1]
+    assert len(shown) == 2 and all("seed 0" in title for title in shown)
+
+
 def test_what_does_not_fit_is_left_out_and_said(study, page, monkeypatch):
     from vaecirc_fast.report import page as module
 

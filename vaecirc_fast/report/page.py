@@ -14,7 +14,7 @@ from .abstract import abstract, sizes
 from .aggregate import Group, definitions, groups
 from .figures import Figure
 from .results import Study, read
-from .tables import ROWS, LatentTable, Places, latent_table, machines, main_blocks, run_rows, settings
+from .tables import ROWS, LatentTable, Places, latent_table, machines, main_blocks, run_rows, settings, sweep_plans
 from .words import data_name, listed, metric_name, typeset
 
 LIMIT = 2_850_000  # bytes of a page, about: below 3 MB
@@ -68,6 +68,7 @@ def render(study: Study) -> str:
         inputs=inputs.blocks(inputs.measured(found)),
         sections=detail.sections,
         latents=detail.tables,
+        plans=sweep_plans(found[:DETAILED]),
         single=any(len(group.trained) == 1 for group in found),
         yardsticks=[
             YARDSTICKS[name]

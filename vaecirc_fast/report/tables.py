@@ -214,6 +214,16 @@ def _ces(run: Run, grid: str) -> dict[int, tuple[float | None, float | None, flo
     return {int(r["latent"]): (r["ces"], r["low"], r["high"]) for r in effects.ces().to_dict("records")}
 
 
+def sweep_plans(groups: Iterable[Group]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """How the sweeps of each group's shown run were computed: its title, then (grid, plan) of each."""
+    found = []
+    for group in groups:
+        plans = group.shown.result.get("timing", {}).get("sweeps", {})
+        if plans:
+            found.append((f"{group.data}, {group.label}, seed {group.shown.seed}", list(plans.items())))
+    return found
+
+
 _SETTINGS = {
     "latents": "latents",
     "net": "network",

@@ -155,7 +155,7 @@ struct Cuts {
 template <int V>
 void grid(const Inputs& in, const Outputs& to, int64_t rows, int64_t pixels, const float* a, const float* w,
           const float* bias, float* out) {
-    constexpr int64_t most = V == 1 ? MOST_ONE : MOST, most_high = 4, most_wide = 6;
+    constexpr int64_t most = V == 1 ? MOST_ONE : MOST, most_high = 4, most_wide = most < 6 ? most : 6;
     if (rows <= 0 || pixels <= 0) return;
     const int64_t high = pixels > most_wide ? 1 : most / pixels < most_high ? most / pixels : most_high;
     const Cuts along((int)pixels, (int)most), down((int)rows, (int)high);

@@ -442,7 +442,7 @@ struct Sweep {
         memcpy(to, d.bias, d.wide * sizeof(float));
         for (int64_t k = 0; k < args.L; ++k) {
             const float* w = d.weights + k * d.wide;
-            for (int64_t n = 0; n < d.wide; n += LANES) *(f32x16*)(to + n) += z[k] * *(const f32x16*)(w + n);
+            for (int64_t n = 0; n < d.wide; n += WIDTH) *(vf*)(to + n) += z[k] * *(const vf*)(w + n);
         }
     }
 
@@ -461,10 +461,13 @@ struct Sweep {
             const float* shifts = args.shifts + ((first_sample + sample) * args.J + j) * args.K;
             const int64_t K = is_base ? 0 : args.K;
             for (int64_t c = from; c < to; c += COLUMN) {
-                f32x16 v = *(const f32x16*)(of_sample + c);
-                for (int64_t k = 0; k < K; ++k) v += shifts[k] * *(const f32x16*)(d.weights + latents[k] * d.wide + c);
                 float* here = x + (c - from) / COLUMN * block + r * row;
-                *(f32x16*)here = d.after == After::relu ? activated(v, Activation::relu, 0) : v;
+                for (int64_t i = 0; i < COLUMN; i += WIDTH) {
+                    const float* w = d.weights + c + i;
+                    vf v = *(const vf*)(of_sample + c + i);
+                    for (int64_t k = 0; k < K; ++k) v += shifts[k] * *(const vf*)(w + latents[k] * d.wide);
+                    *(vf*)(here + i) = d.after == After::relu ? (v < 0 ? vf{} : v) : v;
+                }
                 if (d.after != After::relu) activate(here, COLUMN, kind, d.layer->slope);
             }
         }
@@ -472,10 +475,10 @@ struct Sweep {
 
     // Whether all of n rows between dense layers are finite: only then may steps with zero weights be left out.
     bool all_finite(const float* x, int64_t wide, int64_t n) const {
-        f32x16 sum = {};
+        vf sum = {};
         for (int64_t c = 0; c < wide; c += COLUMN)
-            for (int64_t r = 0; r < n; ++r) sum += *(const f32x16*)(x + (c / COLUMN * rows + r) * COLUMN) * 0.0f;
-        for (int k = 0; k < LANES; ++k)
+            for (int64_t i = 0; i < n * COLUMN; i += WIDTH) sum += *(const vf*)(x + c * rows + i) * 0.0f;
+        for (int k = 0; k < WIDTH; ++k)
             if (sum[k] != 0) return false;
         return true;
     }
@@ -597,11 +600,11 @@ struct Sweep {
             const float* source[COUNT.value + 1];
 #pragma GCC unroll 4
             for (int s = 0; s < COUNT.value; ++s) source[s] = at[s];
-            for (int64_t x = 0; x < n; x += LANES) {
-                f32x16 v = begins ? f32x16{} + start : *(const f32x16*)(to + x);
+            for (int64_t x = 0; x < n; x += WIDTH) {
+                vf v = begins ? vf{} + start : *(const vf*)(to + x);
 #pragma GCC unroll 4
-                for (int s = 0; s < COUNT.value; ++s) v += *(const f32x16u*)(source[s] + x);
-                *(f32x16*)(to + x) = v;
+                for (int s = 0; s < COUNT.value; ++s) v += *(const vfu*)(source[s] + x);
+                *(vf*)(to + x) = v;
             }
         };
         int64_t s = 0;

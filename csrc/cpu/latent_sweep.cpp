@@ -22,6 +22,7 @@ namespace VAECIRC_ISA {
 namespace {
 
 constexpr int64_t MOST_ROWS = 96;          // of a tile; a multiple of 12, so of MOST
+constexpr int64_t MOST_CONVOLVED = 24;     // of a tile with convolutions: more would not run faster
 constexpr int64_t TILE_BYTES = 512 << 10;  // that the rows of a tile may take: half of L2
 constexpr int64_t BASE_BYTES = 24 << 20;   // of base outputs kept at a time
 constexpr int64_t COLUMN = LANES;          // floats that a pixel's block of channels takes
@@ -101,6 +102,7 @@ struct Phase {
     int64_t taps_high, taps_wide;
     int64_t* taps;  // (taps_high, taps_wide), as Inputs has them
     int64_t* shifts;
+    int64_t* offsets;  // (taps_wide) by taps: where a tap's products lie, from those of the kernel's row on
     float* weights;
 };
 
@@ -123,17 +125,17 @@ struct Conv {
 };
 
 struct Worker {
-    float* x[2];      // (channels / 16, rows, 16) between dense layers
-    float* rows;      // (rows, piece): of the last dense layer
-    float** grids;    // of each convolution
-    float* products;  // by taps: (pixels, wide)
-    float* planes;    // by taps: (ring, wide, plane)
-    const float** sources;
-    float* logits;   // (padded P) of one row of convolutions
-    float* natural;  // (padded P) in the order of the elements, for softmax after convolutions
-    float* linked;   // a piece after the link
-    float* slots;    // (states, slot_elements)
-    double* sums;    // (states, sum_elements)
+    float* x[2];                     // (channels / 16, rows, 16) between dense layers
+    float* rows;                     // (rows, piece): of the last dense layer
+    float** grids;                   // of each convolution
+    float* products;                 // by taps: (pixels, wide)
+    float* planes;                   // by taps: (ring, wide, plane)
+    const float **lines, **sources;  // by taps: rows of the ring, and what is added up in them
+    float* logits;                   // (padded P) of one row of convolutions
+    float* natural;                  // (padded P) in the order of the elements, for softmax after convolutions
+    float* linked;                   // a piece after the link
+    float* slots;                    // (states, slot_elements)
+    double* sums;                    // (states, sum_elements)
 };
 
 struct Sweep {
@@ -226,6 +228,7 @@ struct Sweep {
                 widest = most_of(widest, f.pixels);
                 c.before = most_of(c.before, f.taps_wide - 1 - f.origin_pixel);
                 furthest = most_of(furthest, f.origin_pixel);
+                f.offsets = c.by_taps ? memory.take<int64_t>(f.taps_wide) : nullptr;
                 f.taps = f.shifts = nullptr, f.weights = nullptr;
                 if (c.by_taps) continue;
                 f.taps = memory.take<int64_t>(f.taps_high * f.taps_wide);
@@ -296,7 +299,7 @@ struct Sweep {
         const int64_t per_sample = (dense[0].wide + (linked ? 2 : 1) * padded) * sizeof(float);
         samples = least(args.B, most_of(1, BASE_BYTES / per_sample));
         // As many rows as stay in L2, but at least a tile a thread where there are that many.
-        rows = least(MOST_ROWS, TILE_BYTES / row_bytes / 12 * 12);
+        rows = least(n_conv ? MOST_CONVOLVED : MOST_ROWS, TILE_BYTES / row_bytes / 12 * 12);
         rows = least(rows, up((samples * args.J + threads - 1) / threads, 12));
         rows = most_of(rows, 12);
         pre = memory.take<float>(samples * dense[0].wide);
@@ -319,6 +322,7 @@ struct Sweep {
             w.logits = memory.take<float>(c.by_taps ? c.H * c.layer->out * c.layer->sw * c.group : c.wide * c.H * c.W);
             w.products = c.by_taps ? memory.zeros<float>(up(c.w, LANES) * c.wide) : nullptr;
             w.planes = c.by_taps ? memory.zeros<float>(c.ring * c.wide * c.plane) : nullptr;
+            w.lines = memory.take<const float*>(c.layer->kh);
             w.sources = memory.take<const float*>(c.layer->kh * c.layer->kw);
             if (!memory.ok) return false;
             for (int64_t l = 0; l < n_conv; ++l) w.grids[l] = memory.zeros<float>(conv[l].grid);
@@ -407,6 +411,11 @@ struct Sweep {
                     *to++ = tap < of.kh * of.kw ? of.weight[(k * of.out + n % of.out) * of.kh * of.kw + tap] : 0;
                 }
         });
+        for (int64_t p = 0; p < of.sw; ++p) {
+            Phase& f = c.phases[p];
+            for (int64_t t = 0; t < f.taps_wide; ++t)
+                f.offsets[t] = (f.tap_pixel + t * of.sw) * of.out * c.plane + c.before + f.origin_pixel - t;
+        }
     }
 
     void pack(int threads) {
@@ -632,17 +641,19 @@ struct Sweep {
                 multiply_taps(c, w, grid_ + done * c.pitch * COLUMN, to_ring + c.before);
                 to_ring = to_ring == last ? w.planes : to_ring + size;
             }
+            int64_t lines = 0, ky = tap_row;  // input rows that reach this one, the origin's first
+            const float* line = first;
+            for (int64_t row = origin; ky < of.kh && row >= 0; --row, ky += of.sh) {
+                if (row < c.h) w.lines[lines++] = line + ky * of.kw * of.out * c.plane;
+                line = line == w.planes ? last : line - size;
+            }
             for (int64_t n = 0; n < of.out; ++n)
                 for (int64_t phase = 0; phase < of.sw; ++phase, to += c.group) {
-                    const Phase& f = c.phases[phase];
+                    const int64_t* offsets = c.phases[phase].offsets;
                     int64_t sources = 0;
-                    const float* ring = first;
-                    for (int64_t ky = tap_row, row = origin; ky < of.kh && row >= 0; ky += of.sh, --row) {
-                        const float* from = ring + ((ky * of.kw + f.tap_pixel) * of.out + n) * c.plane + c.before;
-                        for (int64_t t = 0; row < c.h && t < f.taps_wide; ++t)
-                            w.sources[sources++] = from + t * of.sw * of.out * c.plane + f.origin_pixel - t;
-                        ring = ring == w.planes ? last : ring - size;
-                    }
+                    for (int64_t i = 0; i < lines; ++i)
+                        for (int64_t t = 0; t < c.phases[phase].taps_wide; ++t)
+                            w.sources[sources++] = w.lines[i] + n * c.plane + offsets[t];
                     add_sources(w.sources, sources, of.bias[n], to, c.group);
                 }
         }

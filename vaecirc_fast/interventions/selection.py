@@ -98,7 +98,7 @@ def units(shape: Sequence[int], unit: str = "channel", heads: int | None = None)
     """The units of a site whose rows have that shape, as a partition of a row's elements.
 
     "channel": the first axis of images (C, H, W), the last of sequences (T, D), each element of a vector. "element":
-    every number. "cell": a place (H, W) of an image, all channels. "token": a place of a sequence (T, D). "head": `heads`
+    every number. "cell": a place (H, W) of an image, all channels. "token": a place of (T, D). "head": `heads`
     equal parts of the last axis. InputError where the shape has no such units.
     """
     if unit not in UNITS:

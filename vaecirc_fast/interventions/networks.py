@@ -19,7 +19,7 @@ from ..ops.latent_sweep import Dense, Network, TransposedConvolution
 aten = torch.ops.aten
 Layer = Dense | TransposedConvolution
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     aten.relu.default: "relu",
     aten.relu_.default: "relu",
     aten.leaky_relu.default: "leaky_relu",
@@ -149,7 +149,7 @@ class _Recorder(TorchDispatchMode):
             return f"{name} follows the {self.link}"
         if func in (aten.addmm.default, aten.mm.default, aten.convolution.default):
             reason = self._layer(func, args, kwargs, position)
-        elif func in _ACTIVATIONS:
+        elif func in ACTIVATIONS:
             reason = self._activation(func, args)
         elif func in _NORMS:
             reason, out = self._norm(func, args), out[0]
@@ -210,7 +210,7 @@ class _Recorder(TorchDispatchMode):
         return None
 
     def _activation(self, func: Any, args: tuple) -> str | None:
-        name = _ACTIVATIONS[func]
+        name = ACTIVATIONS[func]
         if not self.layers:
             return f"{name} comes before the first layer"
         if self.layers[-1].activation != "identity":

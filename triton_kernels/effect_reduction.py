@@ -92,12 +92,12 @@ def _effect_reduction_kernel(
             square += tl.sum(d * d, 1)
             plain += tl.sum(d, 1)
             raw += tl.sum((x1 - x0) * (x1 - x0), 1)
-        total0 += _finish(kind0, absolute, square, plain, raw, n)
-        total1 += _finish(kind1, absolute, square, plain, raw, n)
-        total2 += _finish(kind2, absolute, square, plain, raw, n)
-        total3 += _finish(kind3, absolute, square, plain, raw, n)
-        total4 += _finish(kind4, absolute, square, plain, raw, n)
-        total5 += _finish(kind5, absolute, square, plain, raw, n)
+        total0 += finish(kind0, absolute, square, plain, raw, n)
+        total1 += finish(kind1, absolute, square, plain, raw, n)
+        total2 += finish(kind2, absolute, square, plain, raw, n)
+        total3 += finish(kind3, absolute, square, plain, raw, n)
+        total4 += finish(kind4, absolute, square, plain, raw, n)
+        total5 += finish(kind5, absolute, square, plain, raw, n)
     tl.store(o, total0, mask=valid)
     if kind1 >= 0:
         tl.store(o + G, total1, mask=valid)
@@ -112,7 +112,7 @@ def _effect_reduction_kernel(
 
 
 @triton.jit
-def _finish(kind: tl.constexpr, absolute, square, plain, raw, n):
+def finish(kind: tl.constexpr, absolute, square, plain, raw, n):
     if kind == L1:
         return absolute / n
     if kind == MSE:

@@ -389,14 +389,20 @@ def _load_cpp():
     return {"latent_sweep": _cpp_forward}
 
 
+def _load_triton():
+    from ..triton_kernels import latent_sweep as kernels  # pyright: ignore[reportMissingImports]
+
+    return {"latent_sweep": kernels.forward}
+
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROW = _registry.Row(
     "latent_sweep",
     cells={
         "reference": _registry.Kernel(_load_reference, ("cpu", "cuda"), _FLOATS, _registry.always),
         "cpp": _registry.Kernel(_load_cpp, ("cpu",), (torch.float32,), _registry.cpp_reason),
-        "triton": _registry.Absent("is being written"),
+        "triton": _registry.Kernel(_load_triton, ("cpu", "cuda"), (torch.float32,), _registry.triton_reason),
         "cuda": _registry.Absent("is not written: a product with a fused end is what Triton is for; not measured"),
     },
-    order={"cpu": ("cpp", "reference"), "cuda": ("reference",)},
+    order={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
 )

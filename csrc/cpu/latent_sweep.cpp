@@ -24,6 +24,7 @@ namespace {
 constexpr int64_t MOST_ROWS = 96;          // of a tile; a multiple of 12, so of MOST
 constexpr int64_t MOST_CONVOLVED = 24;     // of a tile with convolutions: more would not run faster
 constexpr int64_t TILE_BYTES = 512 << 10;  // that the rows of a tile may take: half of L2
+constexpr int64_t HUGE_BYTES = 4 << 20;    // ... if even twelve take more than that
 constexpr int64_t BASE_BYTES = 24 << 20;   // of base outputs kept at a time
 constexpr int64_t COLUMN = LANES;          // floats that a pixel's block of channels takes
 
@@ -298,10 +299,10 @@ struct Sweep {
         const int64_t row_bytes = (2 * widest + piece) * sizeof(float) + (n_conv ? 0 : state);
         const int64_t per_sample = (dense[0].wide + (linked ? 2 : 1) * padded) * sizeof(float);
         samples = least(args.B, most_of(1, BASE_BYTES / per_sample));
-        // As many rows as stay in L2, but at least a tile a thread where there are that many.
+        // As many rows as stay in L2, but a tile a thread at least, and of huge rows few, whatever that costs.
         rows = least(n_conv ? MOST_CONVOLVED : MOST_ROWS, TILE_BYTES / row_bytes / 12 * 12);
         rows = least(rows, up((samples * args.J + threads - 1) / threads, 12));
-        rows = most_of(rows, 12);
+        if (rows < 12) rows = most_of(1, least(12, HUGE_BYTES / row_bytes));
         pre = memory.take<float>(samples * dense[0].wide);
         base_raw = memory.take<float>(samples * padded);
         base = linked ? memory.take<float>(samples * padded) : base_raw;

@@ -9,46 +9,46 @@ namespace VAECIRC_ISA {
 namespace {
 
 // e^-t - 1 for t >= 0, without cancellation near 0; NaN for NaN. As exp_negative, with 1 taken off before scaling.
-INLINE f32x16 expm1_negative(f32x16 t) {
+INLINE vf expm1_negative(vf t) {
     constexpr float LAST = 87.33654f;
-    const f32x16 x = t > LAST ? f32x16{} - LAST : -t;
+    const vf x = t > LAST ? vf{} - LAST : -t;
     const float round = 12582912.0f;  // 1.5 * 2^23
-    const f32x16 n = (x * 1.44269504f + round) - round;
-    const f32x16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    f32x16 p = r * (1.0f / 40320) + 1.0f / 5040;
+    const vf n = (x * 1.44269504f + round) - round;
+    const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vf p = r * (1.0f / 40320) + 1.0f / 5040;
     p = p * r + 1.0f / 720;
     p = p * r + 1.0f / 120;
     p = p * r + 1.0f / 24;
     p = p * r + 1.0f / 6;
     p = p * r + 0.5f;
     p = p * (r * r) + r;
-    const f32x16 scale = (f32x16)((__builtin_convertvector(n, i32x16) + 127) << 23);
+    const vf scale = (vf)((__builtin_convertvector(n, vi) + 127) << 23);
     return p * scale + (scale - 1.0f);
 }
 
-INLINE f32x16 activated(f32x16 x, Activation kind, float slope) {
+INLINE vf activated(vf x, Activation kind, float slope) {
     switch (kind) {
         case Activation::identity: return x;
-        case Activation::relu: return x < 0 ? f32x16{} : x;
+        case Activation::relu: return x < 0 ? vf{} : x;
         case Activation::leaky_relu: return x < 0 ? x * slope : x;
         case Activation::elu: {
-            const f32x16 below = expm1_negative(vabs<float>(x)) * slope;
+            const vf below = expm1_negative(magnitude(x)) * slope;
             return x > 0 ? x : below;
         }
-        case Activation::sigmoid: return sigmoid<float>(x);
+        case Activation::sigmoid: return sigmoid(x);
         case Activation::tanh: {
-            const f32x16 m = expm1_negative(2 * vabs<float>(x));
-            const f32x16 y = m / (m + 2);  // of -|x|
+            const vf m = expm1_negative(2 * magnitude(x));
+            const vf y = m / (m + 2);  // of -|x|
             return x > 0 ? -y : x == 0 ? x : y;
         }
-        case Activation::silu: return x * sigmoid<float>(x);
+        case Activation::silu: return x * sigmoid(x);
     }
     return x;
 }
 
 template <Activation KIND>
 void activate_all(float* x, int64_t n, float slope) {
-    for (int64_t i = 0; i < n; i += LANES) *(f32x16*)(x + i) = activated(*(const f32x16*)(x + i), KIND, slope);
+    for (int64_t i = 0; i < n; i += WIDTH) *(vf*)(x + i) = activated(*(const vf*)(x + i), KIND, slope);
 }
 
 // In place; x is aligned and n a multiple of LANES.
@@ -67,13 +67,13 @@ void activate(float* x, int64_t n, Activation kind, float slope) {
 float largest(const float* x, int64_t n) {
     float most = x[0];
     int64_t i = 1;
-    if (n >= 2 * LANES) {
-        f32x16 of_lanes = *(const f32x16u*)x;
-        for (i = LANES; i + LANES <= n; i += LANES) {
-            const f32x16 v = *(const f32x16u*)(x + i);
+    if (n >= 2 * WIDTH) {
+        vf of_lanes = *(const vfu*)x;
+        for (i = WIDTH; i + WIDTH <= n; i += WIDTH) {
+            const vf v = *(const vfu*)(x + i);
             of_lanes = v > of_lanes ? v : of_lanes;
         }
-        for (int k = 0; k < LANES; ++k) most = of_lanes[k] > most ? of_lanes[k] : most;
+        for (int k = 0; k < WIDTH; ++k) most = of_lanes[k] > most ? of_lanes[k] : most;
     }
     for (; i < n; ++i) most = x[i] > most ? x[i] : most;
     return most;
@@ -82,10 +82,10 @@ float largest(const float* x, int64_t n) {
 float total(const float* x, int64_t n) {
     float sum = 0;
     int64_t i = 0;
-    if (n >= 2 * LANES) {
-        f32x16 of_lanes = {};
-        for (; i + LANES <= n; i += LANES) of_lanes += *(const f32x16u*)(x + i);
-        for (int k = 0; k < LANES; ++k) sum += of_lanes[k];
+    if (n >= 2 * WIDTH) {
+        vf of_lanes = {};
+        for (; i + WIDTH <= n; i += WIDTH) of_lanes += *(const vfu*)(x + i);
+        for (int k = 0; k < WIDTH; ++k) sum += of_lanes[k];
     }
     for (; i < n; ++i) sum += x[i];
     return sum;
@@ -100,7 +100,7 @@ void apply_softmax(const float* x, float* y, int64_t P, const int32_t* spans, in
         for (int64_t i = from; i < to; ++i) y[i] = most - x[i];
     }
     for (int64_t i = P; i % LANES; ++i) y[i] = 0;
-    for (int64_t i = 0; i < P; i += LANES) *(f32x16*)(y + i) = exp_negative(*(const f32x16*)(y + i));
+    for (int64_t i = 0; i < P; i += WIDTH) *(vf*)(y + i) = exp_negative(*(const vf*)(y + i));
     for (int64_t s = 0; s < n_spans; ++s) {
         const int64_t from = spans[s], to = spans[s + 1];
         const float sum = total(y + from, to - from);

@@ -10,12 +10,11 @@
 #include <string.h>
 
 #include "effect_reduction.h"
+#include "registers.h"
 
 namespace vaecirc {
 namespace VAECIRC_ISA {
 namespace {
-
-#define INLINE static inline __attribute__((always_inline))
 
 constexpr int64_t TILE = 1024;      // elements converted at once; a multiple of LANES
 constexpr int64_t MAX_SLOTS = 256;  // 16 KB of float accumulators: half of L1
@@ -46,60 +45,77 @@ INLINE typename Vector<T>::type vabs(typename Vector<T>::type x) {
 }
 
 // e^-t for t >= 0; 0 beyond the normal range, NaN for NaN. Cody-Waite reduction and Taylor polynomial; < 2 ulp.
-INLINE f32x16 exp_negative(f32x16 t) {
+INLINE vf exp_negative(vf t) {
     constexpr float LAST = 87.33654f;  // e^-t is the smallest normal number
-    const f32x16 x = t > LAST ? f32x16{} - LAST : -t;
+    const vf x = t > LAST ? vf{} - LAST : -t;
     const float round = 12582912.0f;  // 1.5 * 2^23
-    const f32x16 n = (x * 1.44269504f + round) - round;
-    const f32x16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    f32x16 p = r * (1.0f / 5040) + 1.0f / 720;
+    const vf n = (x * 1.44269504f + round) - round;
+    const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vf p = r * (1.0f / 5040) + 1.0f / 720;
     p = p * r + 1.0f / 120;
     p = p * r + 1.0f / 24;
     p = p * r + 1.0f / 6;
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    const i32x16 scale = (__builtin_convertvector(n, i32x16) + 127) << 23;
-    const f32x16 e = p * (f32x16)scale;
-    return t > LAST ? f32x16{} : e;
+    const vi scale = (__builtin_convertvector(n, vi) + 127) << 23;
+    const vf e = p * (vf)scale;
+    return t > LAST ? vf{} : e;
 }
 
-INLINE f64x16 exp_negative(f64x16 t) {
+INLINE vd exp_negative(vd t) {
     constexpr double LAST = 708.3964185322641;
-    const f64x16 x = t > LAST ? f64x16{} - LAST : -t;
+    const vd x = t > LAST ? vd{} - LAST : -t;
     const double round = 6755399441055744.0;  // 1.5 * 2^52
-    const f64x16 n = (x * 1.4426950408889634 + round) - round;
-    const f64x16 r = (x - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;
-    f64x16 p = f64x16{} + 1.0 / 6227020800.0;
+    const vd n = (x * 1.4426950408889634 + round) - round;
+    const vd r = (x - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;
+    vd p = vd{} + 1.0 / 6227020800.0;
     const double inverse_factorial[] = {
         1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
         1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5,          1.0,         1.0};
     for (double c : inverse_factorial) p = p * r + c;
-    const i64x16 scale = (__builtin_convertvector(n, i64x16) + 1023) << 52;
-    const f64x16 e = p * (f64x16)scale;
-    return t > LAST ? f64x16{} : e;
+    const vl scale = (__builtin_convertvector(n, vl) + 1023) << 52;
+    const vd e = p * (vd)scale;
+    return t > LAST ? vd{} : e;
+}
+
+INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
+INLINE vd magnitude(vd x) { return (vd)((vl)x & 0x7fffffffffffffff); }
+
+template <class V>
+INLINE V sigmoid(V x) {
+    const V e = exp_negative(magnitude(x));
+    const V s = 1 / (e + 1);
+    return x < 0 ? e * s : s;
 }
 
 template <class T>
-INLINE typename Vector<T>::type sigmoid(typename Vector<T>::type x) {
-    const typename Vector<T>::type e = exp_negative(vabs<T>(x));
-    const typename Vector<T>::type s = (T)1 / (e + (T)1);
-    return x < (T)0 ? e * s : s;
-}
+struct Register;
+template <>
+struct Register<float> {
+    typedef vf type;
+    typedef vfu unaligned;
+};
+template <>
+struct Register<double> {
+    typedef vd type;
+    typedef vdu unaligned;
+};
 
 template <class T>
 void apply_sigmoid(const T* x, T* y, int64_t n) {
-    typedef typename Vector<T>::type V;
-    typedef typename Vector<T>::unaligned U;
+    typedef typename Register<T>::type V;
+    typedef typename Register<T>::unaligned U;
+    constexpr int64_t lanes = sizeof(V) / sizeof(T);
     int64_t j = 0;
-    for (; j + LANES <= n; j += LANES) {
-        const V s = sigmoid<T>(*(const U*)(x + j));
+    for (; j + lanes <= n; j += lanes) {
+        const V s = sigmoid((V) * (const U*)(x + j));
         *(U*)(y + j) = s;
     }
     if (j < n) {
-        T tail[LANES] = {};
+        T tail[lanes] = {};
         memcpy(tail, x + j, (n - j) * sizeof(T));
-        const V s = sigmoid<T>(*(const U*)tail);
+        const V s = sigmoid((V) * (const U*)tail);
         *(U*)tail = s;
         memcpy(y + j, tail, (n - j) * sizeof(T));
     }

@@ -22,7 +22,9 @@ namespace VAECIRC_ISA {
 namespace {
 
 constexpr int64_t MOST_ROWS = 96;          // of a tile; a multiple of 12, so of MOST
+constexpr int64_t MOST_CONVOLVED = 24;     // of a tile with convolutions: more would not run faster
 constexpr int64_t TILE_BYTES = 512 << 10;  // that the rows of a tile may take: half of L2
+constexpr int64_t HUGE_BYTES = 4 << 20;    // ... if even twelve take more than that
 constexpr int64_t BASE_BYTES = 24 << 20;   // of base outputs kept at a time
 constexpr int64_t COLUMN = LANES;          // floats that a pixel's block of channels takes
 
@@ -101,6 +103,7 @@ struct Phase {
     int64_t taps_high, taps_wide;
     int64_t* taps;  // (taps_high, taps_wide), as Inputs has them
     int64_t* shifts;
+    int64_t* offsets;  // (taps_wide) by taps: where a tap's products lie, from those of the kernel's row on
     float* weights;
 };
 
@@ -123,17 +126,17 @@ struct Conv {
 };
 
 struct Worker {
-    float* x[2];      // (channels / 16, rows, 16) between dense layers
-    float* rows;      // (rows, piece): of the last dense layer
-    float** grids;    // of each convolution
-    float* products;  // by taps: (pixels, wide)
-    float* planes;    // by taps: (ring, wide, plane)
-    const float** sources;
-    float* logits;   // (padded P) of one row of convolutions
-    float* natural;  // (padded P) in the order of the elements, for softmax after convolutions
-    float* linked;   // a piece after the link
-    float* slots;    // (states, slot_elements)
-    double* sums;    // (states, sum_elements)
+    float* x[2];                     // (channels / 16, rows, 16) between dense layers
+    float* rows;                     // (rows, piece): of the last dense layer
+    float** grids;                   // of each convolution
+    float* products;                 // by taps: (pixels, wide)
+    float* planes;                   // by taps: (ring, wide, plane)
+    const float **lines, **sources;  // by taps: rows of the ring, and what is added up in them
+    float* logits;                   // (padded P) of one row of convolutions
+    float* natural;                  // (padded P) in the order of the elements, for softmax after convolutions
+    float* linked;                   // a piece after the link
+    float* slots;                    // (states, slot_elements)
+    double* sums;                    // (states, sum_elements)
 };
 
 struct Sweep {
@@ -226,6 +229,7 @@ struct Sweep {
                 widest = most_of(widest, f.pixels);
                 c.before = most_of(c.before, f.taps_wide - 1 - f.origin_pixel);
                 furthest = most_of(furthest, f.origin_pixel);
+                f.offsets = c.by_taps ? memory.take<int64_t>(f.taps_wide) : nullptr;
                 f.taps = f.shifts = nullptr, f.weights = nullptr;
                 if (c.by_taps) continue;
                 f.taps = memory.take<int64_t>(f.taps_high * f.taps_wide);
@@ -295,10 +299,10 @@ struct Sweep {
         const int64_t row_bytes = (2 * widest + piece) * sizeof(float) + (n_conv ? 0 : state);
         const int64_t per_sample = (dense[0].wide + (linked ? 2 : 1) * padded) * sizeof(float);
         samples = least(args.B, most_of(1, BASE_BYTES / per_sample));
-        // As many rows as stay in L2, but at least a tile a thread where there are that many.
-        rows = least(MOST_ROWS, TILE_BYTES / row_bytes / 12 * 12);
+        // As many rows as stay in L2, but a tile a thread at least, and of huge rows few, whatever that costs.
+        rows = least(n_conv ? MOST_CONVOLVED : MOST_ROWS, TILE_BYTES / row_bytes / 12 * 12);
         rows = least(rows, up((samples * args.J + threads - 1) / threads, 12));
-        rows = most_of(rows, 12);
+        if (rows < 12) rows = most_of(1, least(12, HUGE_BYTES / row_bytes));
         pre = memory.take<float>(samples * dense[0].wide);
         base_raw = memory.take<float>(samples * padded);
         base = linked ? memory.take<float>(samples * padded) : base_raw;
@@ -319,6 +323,7 @@ struct Sweep {
             w.logits = memory.take<float>(c.by_taps ? c.H * c.layer->out * c.layer->sw * c.group : c.wide * c.H * c.W);
             w.products = c.by_taps ? memory.zeros<float>(up(c.w, LANES) * c.wide) : nullptr;
             w.planes = c.by_taps ? memory.zeros<float>(c.ring * c.wide * c.plane) : nullptr;
+            w.lines = memory.take<const float*>(c.layer->kh);
             w.sources = memory.take<const float*>(c.layer->kh * c.layer->kw);
             if (!memory.ok) return false;
             for (int64_t l = 0; l < n_conv; ++l) w.grids[l] = memory.zeros<float>(conv[l].grid);
@@ -407,6 +412,11 @@ struct Sweep {
                     *to++ = tap < of.kh * of.kw ? of.weight[(k * of.out + n % of.out) * of.kh * of.kw + tap] : 0;
                 }
         });
+        for (int64_t p = 0; p < of.sw; ++p) {
+            Phase& f = c.phases[p];
+            for (int64_t t = 0; t < f.taps_wide; ++t)
+                f.offsets[t] = (f.tap_pixel + t * of.sw) * of.out * c.plane + c.before + f.origin_pixel - t;
+        }
     }
 
     void pack(int threads) {
@@ -442,7 +452,7 @@ struct Sweep {
         memcpy(to, d.bias, d.wide * sizeof(float));
         for (int64_t k = 0; k < args.L; ++k) {
             const float* w = d.weights + k * d.wide;
-            for (int64_t n = 0; n < d.wide; n += LANES) *(f32x16*)(to + n) += z[k] * *(const f32x16*)(w + n);
+            for (int64_t n = 0; n < d.wide; n += WIDTH) *(vf*)(to + n) += z[k] * *(const vf*)(w + n);
         }
     }
 
@@ -461,10 +471,13 @@ struct Sweep {
             const float* shifts = args.shifts + ((first_sample + sample) * args.J + j) * args.K;
             const int64_t K = is_base ? 0 : args.K;
             for (int64_t c = from; c < to; c += COLUMN) {
-                f32x16 v = *(const f32x16*)(of_sample + c);
-                for (int64_t k = 0; k < K; ++k) v += shifts[k] * *(const f32x16*)(d.weights + latents[k] * d.wide + c);
                 float* here = x + (c - from) / COLUMN * block + r * row;
-                *(f32x16*)here = d.after == After::relu ? activated(v, Activation::relu, 0) : v;
+                for (int64_t i = 0; i < COLUMN; i += WIDTH) {
+                    const float* w = d.weights + c + i;
+                    vf v = *(const vf*)(of_sample + c + i);
+                    for (int64_t k = 0; k < K; ++k) v += shifts[k] * *(const vf*)(w + latents[k] * d.wide);
+                    *(vf*)(here + i) = d.after == After::relu ? (v < 0 ? vf{} : v) : v;
+                }
                 if (d.after != After::relu) activate(here, COLUMN, kind, d.layer->slope);
             }
         }
@@ -472,10 +485,10 @@ struct Sweep {
 
     // Whether all of n rows between dense layers are finite: only then may steps with zero weights be left out.
     bool all_finite(const float* x, int64_t wide, int64_t n) const {
-        f32x16 sum = {};
+        vf sum = {};
         for (int64_t c = 0; c < wide; c += COLUMN)
-            for (int64_t r = 0; r < n; ++r) sum += *(const f32x16*)(x + (c / COLUMN * rows + r) * COLUMN) * 0.0f;
-        for (int k = 0; k < LANES; ++k)
+            for (int64_t i = 0; i < n * COLUMN; i += WIDTH) sum += *(const vf*)(x + c * rows + i) * 0.0f;
+        for (int k = 0; k < WIDTH; ++k)
             if (sum[k] != 0) return false;
         return true;
     }
@@ -597,11 +610,11 @@ struct Sweep {
             const float* source[COUNT.value + 1];
 #pragma GCC unroll 4
             for (int s = 0; s < COUNT.value; ++s) source[s] = at[s];
-            for (int64_t x = 0; x < n; x += LANES) {
-                f32x16 v = begins ? f32x16{} + start : *(const f32x16*)(to + x);
+            for (int64_t x = 0; x < n; x += WIDTH) {
+                vf v = begins ? vf{} + start : *(const vf*)(to + x);
 #pragma GCC unroll 4
-                for (int s = 0; s < COUNT.value; ++s) v += *(const f32x16u*)(source[s] + x);
-                *(f32x16*)(to + x) = v;
+                for (int s = 0; s < COUNT.value; ++s) v += *(const vfu*)(source[s] + x);
+                *(vf*)(to + x) = v;
             }
         };
         int64_t s = 0;
@@ -629,17 +642,19 @@ struct Sweep {
                 multiply_taps(c, w, grid_ + done * c.pitch * COLUMN, to_ring + c.before);
                 to_ring = to_ring == last ? w.planes : to_ring + size;
             }
+            int64_t lines = 0, ky = tap_row;  // input rows that reach this one, the origin's first
+            const float* line = first;
+            for (int64_t row = origin; ky < of.kh && row >= 0; --row, ky += of.sh) {
+                if (row < c.h) w.lines[lines++] = line + ky * of.kw * of.out * c.plane;
+                line = line == w.planes ? last : line - size;
+            }
             for (int64_t n = 0; n < of.out; ++n)
                 for (int64_t phase = 0; phase < of.sw; ++phase, to += c.group) {
-                    const Phase& f = c.phases[phase];
+                    const int64_t* offsets = c.phases[phase].offsets;
                     int64_t sources = 0;
-                    const float* ring = first;
-                    for (int64_t ky = tap_row, row = origin; ky < of.kh && row >= 0; ky += of.sh, --row) {
-                        const float* from = ring + ((ky * of.kw + f.tap_pixel) * of.out + n) * c.plane + c.before;
-                        for (int64_t t = 0; row < c.h && t < f.taps_wide; ++t)
-                            w.sources[sources++] = from + t * of.sw * of.out * c.plane + f.origin_pixel - t;
-                        ring = ring == w.planes ? last : ring - size;
-                    }
+                    for (int64_t i = 0; i < lines; ++i)
+                        for (int64_t t = 0; t < c.phases[phase].taps_wide; ++t)
+                            w.sources[sources++] = w.lines[i] + n * c.plane + offsets[t];
                     add_sources(w.sources, sources, of.bias[n], to, c.group);
                 }
         }

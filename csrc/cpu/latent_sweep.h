@@ -2,8 +2,8 @@
 //
 // A decoder is one or more dense layers, then transposed convolutions, then a link. Everything is contiguous and float.
 // Memory beyond the packed weights does not grow with J, nor, past a bound, with B: no (B, J, P) tensor is made.
-// A convolution multiplies the zeros around its input too: a weight that is not finite spoils outputs at the border
-// that it does not reach.
+// A convolution may multiply zeros beside its input: then a weight that is not finite spoils outputs at the border that
+// it does not reach.
 #pragma once
 
 #include "effect_reduction.h"

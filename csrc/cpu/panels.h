@@ -7,31 +7,21 @@
 // stands, so results do not depend on how pixels are cut into tiles.
 #pragma once
 
-#include <stdint.h>
-
-#include "../common.h"
+#include "registers.h"
 
 namespace vaecirc {
 namespace VAECIRC_ISA {
 namespace {
 
-#define INLINE static inline __attribute__((always_inline))
-
 #if defined(__AVX512F__)
-constexpr int WIDTH = 16;     // lanes of one register
 constexpr int MOST = 12;      // pixels of a tile: with two vectors each, what 32 registers hold
 constexpr int MOST_ONE = 16;  // with one vector each
 #elif defined(__AVX2__)
-constexpr int WIDTH = 8;
-constexpr int MOST = 6;
-constexpr int MOST_ONE = 6;
+constexpr int MOST = 6, MOST_ONE = 6;
 #else
-constexpr int WIDTH = 4;
-constexpr int MOST = 4;
-constexpr int MOST_ONE = 4;
+constexpr int MOST = 4, MOST_ONE = 4;
 #endif
 constexpr int PANEL = 2 * WIDTH;
-typedef float vf __attribute__((vector_size(4 * WIDTH), may_alias));
 
 // What follows a sum at once; other activations are a pass of their own over what was written.
 enum class After : int { nothing, relu, leaky_relu };

@@ -376,7 +376,8 @@ def _cpp_forward(
         (*z.shape, interventions, at_once, labels.numel(), groups),
         *([_native.address(w) for w in weights], [_native.address(b) for b in biases], layers, slopes, shape),
         *(_native.address(tensors[3]), kinds, link, _native.address(tensors[4]), max(spans.numel() - 1, 0)),
-        *(_native.address(out), _native.threads(samples * interventions * products)),
+        # One element's worth of work is about as long as 32 products.
+        *(_native.address(out), _native.threads(samples * interventions * products // 32)),
     )
     return out
 

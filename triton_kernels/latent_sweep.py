@@ -25,7 +25,8 @@ from .effect_reduction import finish
 TRANSPOSED, LAYER = 1, 8  # of a layout, see the reference
 IDENTITY, RELU, LEAKY_RELU, ELU, SIGMOID, TANH, SILU = (tl.constexpr(n) for n in range(7))  # activations
 SUMS = {"ABSOLUTE": (0, 4), "SQUARE": (1, 2), "PLAIN": (5,), "RAW": (3,)}  # the effects that need each sum
-# Memory of a call, in bytes; together below 64 MiB. Larger tiles save launches, smaller ones stay in cache.
+# Memory of a call, in bytes; together below 64 MiB. Larger tiles save launches, smaller ones stay in cache. Within a
+# tile, 32 bits count every element.
 TILE_BYTES = 34 << 20  # activations and sums over runs
 BASE_BYTES = 6 << 20  # outputs of the samples themselves
 TAP_BYTES = 20 << 20  # products of pixels with taps
@@ -156,7 +157,7 @@ def _first_kernel(
     valid = r < rows
     inside = valid[:, None] & (n < N)[None, :]
     row = r.to(tl.int64) + start
-    of = row // J - sample
+    of = (row // J - sample).to(tl.int32)
     j = row % J
     x = tl.load(pre + of[:, None] * N + n[None, :], mask=inside, other=0.0)
     for k in range(0, K):
@@ -164,7 +165,7 @@ def _first_kernel(
         shift = tl.load(shifts + row * K + k, mask=valid, other=0.0)
         x += shift[:, None] * tl.load(columns + latent[:, None] * N + n[None, :], mask=inside, other=0.0)
     x = _rounded(_activate(x, slope, ACTIVATION), DROPPED)
-    tl.store(out + r.to(tl.int64)[:, None] * N + n[None, :], x.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + r[:, None] * N + n[None, :], x.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -184,8 +185,8 @@ def _product(
 ):
     """x @ w.T for rows r and columns n."""
     total = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
-    x += r.to(tl.int64)[:, None] * D
-    w += n.to(tl.int64)[None, :] * D
+    x += r[:, None] * D
+    w += n[None, :] * D
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         xs = _load(x + d[None, :], (r < rows)[:, None] & (d < D)[None, :], UPCAST)
@@ -220,7 +221,7 @@ def _dense_kernel(
     total += tl.load(bias + n, mask=n < N, other=0.0)[None, :]
     total = _rounded(_activate(total, slope, ACTIVATION), DROPPED)
     inside = (r < rows)[:, None] & (n < N)[None, :]
-    tl.store(out + r.to(tl.int64)[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + r[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["start", "sample", "rows"])
@@ -259,14 +260,14 @@ def _dense_tail_kernel(
     kept = None
     if keep is not None:
         kept = tl.load(keep + p, mask=p < P, other=0) != 0
-    of = (r.to(tl.int64) + start) // J - sample
+    of = ((r.to(tl.int64) + start) // J - sample).to(tl.int32)
     runs = P // WIDTH
     run = block * (BLOCK_N // WIDTH) + tl.arange(0, BLOCK_N // WIDTH)
     at = of[:, None] * P + p[None, :]
     valid = (r < rows)[:, None] & (p < P)[None, :]
-    into = sums + r.to(tl.int64)[:, None] * runs + run[None, :]
+    into = sums + r[:, None] * runs + run[None, :]
     inside = (r < rows)[:, None] & (run < runs)[None, :]
-    stride = tl.cast(rows, tl.int64) * runs
+    stride = rows * runs
     _add_effects(total, at, base, raw, valid, kept, into, stride, inside, LINKED, ABSOLUTE, SQUARE, PLAIN, RAW, WIDTH)
 
 
@@ -408,7 +409,7 @@ def _transposed_kernel(
     valid = valid & (y < out_height) & (z < out_width)
     at = (row * out_height + y) * out_width + z
     inside = valid[:, None] & (n < N)[None, :]
-    tl.store(out + at.to(tl.int64)[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["start", "sample", "rows"])
@@ -530,7 +531,7 @@ def _transposed_tail_kernel(
         own = tl.arange(0, ROWS)
         r = first + own
         in_rows = (r < rows)[:, None]
-        of = (r.to(tl.int64) + start) // J - sample
+        of = ((r.to(tl.int64) + start) // J - sample).to(tl.int32)
         for p0 in range(0, P, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
             total = tl.zeros([ROWS, BLOCK_P], tl.float32)
@@ -543,15 +544,15 @@ def _transposed_tail_kernel(
             if sums is None:
                 if LINKED:
                     total = _sigmoid(total)
-                tl.store(out + r.to(tl.int64)[:, None] * P + p[None, :], total, mask=valid)
+                tl.store(out + r[:, None] * P + p[None, :], total, mask=valid)
             else:
                 kept = None
                 if keep is not None:
                     kept = tl.load(keep + p, mask=p < P, other=0) != 0
                 run = p0 // WIDTH + tl.arange(0, BLOCK_P // WIDTH)
                 at = of[:, None] * P + p[None, :]
-                into = sums + r.to(tl.int64)[:, None] * runs + run[None, :]
-                stride = tl.cast(rows, tl.int64) * runs
+                into = sums + r[:, None] * runs + run[None, :]
+                stride = rows * runs
                 inside = in_rows & (run < runs)[None, :]
                 _add_effects(
                     total, at, base, raw, valid, kept, into, stride, inside, LINKED, ABSOLUTE, SQUARE, PLAIN, RAW, WIDTH
@@ -594,7 +595,7 @@ def _runs_kernel(
     begin = tl.load(run_offsets + g, mask=valid, other=0)
     count = tl.load(run_offsets + g + 1, mask=valid, other=0) - begin
     sums += row * runs + begin
-    stride = tl.cast(rows, tl.int64) * runs
+    stride = rows * runs
     absolute = tl.zeros([BLOCK], tl.float32)
     square = tl.zeros([BLOCK], tl.float32)
     plain = tl.zeros([BLOCK], tl.float32)
@@ -641,7 +642,7 @@ def _softmax_kernel(
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     begin = tl.load(spans + tl.program_id(1))
     end = tl.load(spans + tl.program_id(1) + 1)
-    row = r.to(tl.int64)[:, None] * P
+    row = r[:, None] * P
     largest = tl.full([BLOCK_R], float("-inf"), tl.float32)
     for first in range(begin, end, BLOCK_S):
         p = first + tl.arange(0, BLOCK_S)

@@ -92,17 +92,18 @@ def by_onednn(decoder: nn.Module, z: Tensor, rows: int) -> Tensor:
     """The MLP by hand, as fast as torch's parts allow: rank-1 first layer, oneDNN's products on packed weights with
     fused activations, in place."""
     linear, pack = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight
-    fc1, fc2, fc3, fc4 = (getattr(decoder, f"fc{n}") for n in (1, 2, 3, 4))
+    fc1, fc2, fc3, fc4 = (m for m in decoder.modules() if isinstance(m, nn.Linear))
     packed = [pack(layer.weight.detach(), rows) for layer in (fc2, fc3, fc4)]
     pre = F.linear(z, fc1.weight, fc1.bias)
     steps = (fc1.weight.T[:, None] * DELTAS.to(z)[:, None]).flatten(0, 1)  # (latents steps, hidden)
     base, effects = decoder(z).flatten(1), []
+    biases = [layer.bias for layer in (fc2, fc3, fc4)]
     for n in range(SAMPLES):
         for at in range(0, LATENTS * STEPS, rows):
             h = torch.relu_(pre[n] + steps[at : at + rows])
-            h = linear(h, packed[0], fc2.bias, "relu", [], "")
-            h = linear(h, packed[1], fc3.bias, "relu", [], "")
-            y = linear(h, packed[2], fc4.bias, "none", [], "").sigmoid_().sub_(base[n]).abs_()
+            h = linear(h, packed[0], biases[0], "relu", [], "")
+            h = linear(h, packed[1], biases[1], "relu", [], "")
+            y = linear(h, packed[2], biases[2], "none", [], "").sigmoid_().sub_(base[n]).abs_()
             effects.append(y.view(-1, 8, 8, 8, 8).mean((2, 4)).flatten(1))
     return torch.cat(effects).view(SAMPLES, LATENTS, STEPS, 64).mean(0)
 
@@ -145,7 +146,9 @@ def test_sweep(benchmark, net: str, form: str) -> None:
         pytest.skip("oneDNN is a CPU's")
     if "channels_last" in form:
         torch.manual_seed(0)
-        decoder = _decoder.__wrapped__(net).to(memory_format=torch.channels_last)
+        decoder = _decoder.__wrapped__(net)
+        for p in decoder.parameters():
+            p.data = p.data.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p.data
     rows = 0
     if name == "eager":
         rows = _best(lambda n: chunked(decoder, z, n), TILES[net])
@@ -186,13 +189,14 @@ def test_squared_effect(benchmark, form: str) -> None:
     decoder = _decoder("mlp")
     z = _codes(decoder)
     groups = vf.groups.whole(4096)
+    logits: Callable[[Tensor], Tensor] = getattr(decoder, "logits")  # noqa: B009
 
     def eager(rows: int) -> Tensor:
-        codes, base = _moved(z).flatten(0, 2), decoder.logits(z).flatten(1)
+        codes, base = _moved(z).flatten(0, 2), logits(z).flatten(1)
         owner = torch.arange(SAMPLES, device=z.device).repeat_interleave(LATENTS * STEPS)
         parts = []
         for n in range(0, len(codes), rows):
-            y = decoder.logits(codes[n : n + rows]).flatten(1)
+            y = logits(codes[n : n + rows]).flatten(1)
             parts.append((y - base[owner[n : n + rows]]).square().mean(1))
         return torch.cat(parts).view(SAMPLES, LATENTS, STEPS, 1).mean(0)
 

@@ -5,6 +5,7 @@ Runs in an environment of its own (`make peers`), because peers bring heavy depe
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
@@ -21,7 +22,7 @@ import vaecirc_fast as vf
 from vaecirc_fast.interventions.grids import symmetric
 
 from . import peer_autoencoders, tables
-from .harness import commit, machine
+from .harness import commit, machine, peak_bytes
 
 SAMPLES, LATENTS, ROUNDS = 64, 10, 5
 DELTAS = symmetric(5, 0.6)
@@ -50,11 +51,33 @@ def nnsight_sweep(decoder: nn.Module, z: Tensor) -> Tensor:
     return torch.stack(effects).view(LATENTS, len(DELTAS), -1)
 
 
+def pyvene_sweep(decoder: nn.Module, z: Tensor) -> Tensor:
+    """The sweep with pyvene: an intervenable model per latent and step, all samples at once."""
+    import pyvene  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
+
+    decoder.config = transformers.PretrainedConfig()  # pyvene asks every model for one
+    base = decoder(z)
+    effects = []
+    for i in range(LATENTS):
+        for delta in DELTAS.tolist():
+
+            def shift(base: Tensor, source: Any = None, *rest: Any, i: int = i, delta: float = delta) -> Tensor:
+                moved = base.clone()
+                moved[:, i] += delta
+                return moved
+
+            model = pyvene.IntervenableModel({"component": "fc1.input", "intervention": shift}, model=decoder)
+            _, y = model({"z": z.clone()})  # it writes into its input
+            effects.append(_mean_effect(y, base))
+    return torch.stack(effects).view(LATENTS, len(DELTAS), -1)
+
+
 def ours(decoder: nn.Module, z: Tensor) -> Tensor:
     return vf.latent_sweep(decoder, z, groups=GROUPS, replicates=0).tensor
 
 
-PEERS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {"nnsight": nnsight_sweep}
+PEERS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {"nnsight": nnsight_sweep, "pyvene": pyvene_sweep}
 
 
 def main() -> int:
@@ -67,10 +90,14 @@ def main() -> int:
         case = f"{net} decoder, latent sweep of {SAMPLES} samples x {LATENTS} latents x {len(DELTAS)} steps"
         forms = {"ours": ours, **PEERS}
         times: dict[str, list[float]] = {name: [] for name in forms}
+        memory: dict[str, int] = {}
         with torch.no_grad():
             truth = ours(decoder.double(), z.double())
             decoder.float()
             tolerance = 10 * float((ours(decoder, z) - truth).abs().max())
+            for name, form in forms.items():
+                form(decoder, z)
+                memory[name] = peak_bytes(functools.partial(form, decoder, z))
             for _ in range(ROUNDS):  # in turn, so that a drift of the machine's speed meets all alike
                 for name, form in forms.items():
                     started = time.perf_counter()
@@ -85,7 +112,8 @@ def main() -> int:
             version = "" if name == "ours" else f" {metadata.version(name)}"
             facts = {"case": case, "form": name + version, "ours": name == "ours", "rounds": ROUNDS}
             decodes = SAMPLES * LATENTS * len(DELTAS)
-            cases.append({**facts, "decodes": decodes, "median_s": middle, "iqr_s": high - low})
+            figures = {"decodes": decodes, "median_s": middle, "iqr_s": high - low, "peak_bytes": memory[name]}
+            cases.append({**facts, **figures})
     of_autoencoders, complaints = peer_autoencoders.measure()
     _write("peers", cases)
     _write("peer_autoencoders", of_autoencoders)

@@ -17,7 +17,19 @@ import torch
 import vaecirc_fast as vf
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("pandas", "matplotlib", "sklearn", "scipy", "rich", "tyro", "triton", "jinja2", "xarray", "networkx")
+HEAVY = (
+    "pandas",
+    "matplotlib",
+    "sklearn",
+    "scipy",
+    "rich",
+    "tyro",
+    "triton",
+    "jinja2",
+    "xarray",
+    "networkx",
+    "pyarrow",
+)
 
 
 def run(script, cwd=None):

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,50 @@ def write_with(path: Path, write: Callable[[Path], None]) -> None:
 
     Raises InputError when the disk is full or the directory cannot be written; `path` is then as it was.
     """
-    path = Path(path)
-    # A name of its own for every writer: other threads, and other machines on a shared disk, may write `path` too.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    file = Replacement(Path(path))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        _fsync(temporary)
-        os.replace(temporary, path)
-        _fsync(path.parent)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        with file.errors():
+            write(file.temporary)
+        file.commit()
     finally:
+        file.discard()
+
+
+class Replacement:
+    """A file that is written piece by piece under a name of its own, `temporary`, until `commit` renames it to `path`.
+
+    Whoever makes one calls `discard` in the end, which after `commit` does nothing.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        # A name of its own for every writer: other threads, and other machines on a shared disk, may write `path` too.
+        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        with self.errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Within, an error of the operating system is an InputError that names the file."""
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {reason(error)}") from error
+
+    def commit(self) -> None:
+        with self.errors():
+            _fsync(self.temporary)
+            os.replace(self.temporary, self.path)
+            _fsync(self.path.parent)
+
+    def discard(self) -> None:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            self.temporary.unlink(missing_ok=True)
+
+
+def reason(error: OSError) -> str:
+    """What went wrong, in the system's words alone; libraries put their own beside them."""
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def _fsync(path: Path) -> None:

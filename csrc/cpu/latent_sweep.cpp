@@ -538,17 +538,16 @@ struct Sweep {
                 activate(to + b * block + y * to_pitch * COLUMN, c.W * COLUMN, (Activation)of.activation, of.slope);
     }
 
-    // Products of one input row with all taps, turned: (wide, pixels) into a row of the ring.
-    void multiply_taps(const Conv& c, Worker& w, const float* grid_, int64_t y) const {
+    // Products of one line of the input with all taps, turned: (wide, pixels).
+    void multiply_taps(const Conv& c, Worker& w, const float* line, float* plane) const {
         const SweepLayer& of = *c.layer;
         const int64_t blocks = up(of.in, COLUMN) / COLUMN, here = 0;
         const Inputs in = {&here, &here, 1, blocks, of.in - (blocks - 1) * COLUMN, c.h * c.pitch * COLUMN, 0, c.w, 0};
         const Outputs out = {COLUMN, 0, c.wide, After::nothing, 0};
         for_panels(0, c.wide, [&](int64_t n, int V) {
-            grid_of(V, in, out, (int64_t)1, c.w, grid_ + y * c.pitch * COLUMN, (const float*)c.weights + n * of.in,
-                    (const float*)c.bias + n, w.products + n);
+            grid_of(V, in, out, (int64_t)1, c.w, line, (const float*)c.weights + n * of.in, (const float*)c.bias + n,
+                    w.products + n);
         });
-        float* plane = w.planes + y % c.ring * c.wide * c.plane + c.before;
         for (int64_t x = 0; x < c.w; x += LANES)
             for (int64_t n = 0; n < c.wide; n += LANES)
                 transpose(w.products + x * c.wide + n, c.wide, plane + n * c.plane + x, c.plane);
@@ -614,13 +613,22 @@ struct Sweep {
 
     void by_taps(const Conv& c, Worker& w, const float* grid_, float* to) const {
         const SweepLayer& of = *c.layer;
-        int64_t done = 0;  // input rows multiplied
-        for (int64_t y = 0; y < c.H; ++y) {
-            const int64_t origin = (y + of.ph) / of.sh, tap_row = (y + of.ph) % of.sh;
+        const int64_t size = c.wide * c.plane;
+        float* const last = w.planes + (c.ring - 1) * size;
+        int64_t origin = of.ph / of.sh, tap_row = of.ph % of.sh;
+        const float* first = w.planes + origin % c.ring * size;  // the origin's
+        float* to_ring = w.planes;                               // where the next input row's products go
+        int64_t done = 0;                                        // input rows multiplied
+        for (int64_t y = 0; y < c.H; ++y, ++tap_row) {
+            if (tap_row == of.sh) {
+                tap_row = 0, ++origin;
+                first = first == last ? w.planes : first + size;
+            }
             // One row ahead: what was stored just now is slow to read back shifted.
-            for (; done <= origin + 1 && done < c.h; ++done) multiply_taps(c, w, grid_, done);
-            const int64_t size = c.wide * c.plane;
-            const float *last = w.planes + (c.ring - 1) * size, *first = w.planes + origin % c.ring * size;
+            for (; done <= origin + 1 && done < c.h; ++done) {
+                multiply_taps(c, w, grid_ + done * c.pitch * COLUMN, to_ring + c.before);
+                to_ring = to_ring == last ? w.planes : to_ring + size;
+            }
             for (int64_t n = 0; n < of.out; ++n)
                 for (int64_t phase = 0; phase < of.sw; ++phase, to += c.group) {
                     const Phase& f = c.phases[phase];

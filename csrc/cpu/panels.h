@@ -124,23 +124,27 @@ void tile(const Inputs& in, const Outputs& to, int64_t x, const float* a, const 
 
 typedef void Tile(const Inputs&, const Outputs&, int64_t, const float*, const float*, const float*, float*);
 
+constexpr int MOST_HIGH = 4;  // rows of a tile
+
+template <int R, int PX, int V>
+constexpr Tile* tile_if_it_fits() {
+    if constexpr (R * PX <= (V == 1 ? MOST_ONE : MOST)) return &tile<R, PX, V>;
+    return nullptr;
+}
+
 template <int V>
 Tile* tile_of(int64_t rows, int64_t pixels) {
-#define CASE(r, p)                                                                \
-    case r * 100 + p:                                                             \
-        if constexpr (r * p <= (V == 1 ? MOST_ONE : MOST)) return &tile<r, p, V>; \
-        break;
-    switch (rows * 100 + pixels) {
-        CASE(1, 1)
-        CASE(1, 2)
-        CASE(1, 3)
-        CASE(1, 4)
-        CASE(1, 5) CASE(1, 6) CASE(1, 7) CASE(1, 8) CASE(1, 9) CASE(1, 10) CASE(1, 11) CASE(1, 12) CASE(1, 13)
-            CASE(1, 14) CASE(1, 15) CASE(1, 16) CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4) CASE(2, 5) CASE(2, 6)
-                CASE(3, 1) CASE(3, 2) CASE(3, 3) CASE(3, 4) CASE(4, 1) CASE(4, 2) CASE(4, 3)
+#define FOUR(r, p)                                                                              \
+    tile_if_it_fits<r, p, V>(), tile_if_it_fits<r, p + 1, V>(), tile_if_it_fits<r, p + 2, V>(), \
+        tile_if_it_fits<r, p + 3, V>()
+#define ROW(r)                                          \
+    {                                                   \
+        FOUR(r, 1), FOUR(r, 5), FOUR(r, 9), FOUR(r, 13) \
     }
-    return nullptr;
-#undef CASE
+    static constexpr Tile* tiles[MOST_HIGH][16] = {ROW(1), ROW(2), ROW(3), ROW(4)};
+#undef ROW
+#undef FOUR
+    return tiles[rows - 1][pixels - 1];
 }
 
 // n cut into parts of at most `most`, as even as can be: the first `more` have one element more than the rest.
@@ -155,9 +159,9 @@ struct Cuts {
 template <int V>
 void grid(const Inputs& in, const Outputs& to, int64_t rows, int64_t pixels, const float* a, const float* w,
           const float* bias, float* out) {
-    constexpr int64_t most = V == 1 ? MOST_ONE : MOST, most_high = 4, most_wide = 6;
+    constexpr int64_t most = V == 1 ? MOST_ONE : MOST;
     if (rows <= 0 || pixels <= 0) return;
-    const int64_t high = pixels > most_wide ? 1 : most / pixels < most_high ? most / pixels : most_high;
+    const int64_t high = pixels > most ? 1 : most / pixels < MOST_HIGH ? most / pixels : MOST_HIGH;
     const Cuts along((int)pixels, (int)most), down((int)rows, (int)high);
     for (int64_t b = 0, y = 0; b < down.count; ++b) {
         const int64_t next = y + down.size(b);

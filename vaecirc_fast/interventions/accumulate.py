@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from ..errors import InputError
 from ..groups import Groups
 from ..metrics.causal import step_weights
 from ..metrics.statistics import resampling_weights
+from .effect_tables import TableWriter, check_out
 from .effects import Effects
 from .grids import Grid
 
@@ -46,7 +49,9 @@ class Accumulator:
     """Streams the effects of each sample into means and bootstrap replicates, or keeps them if `reduce` is None.
 
     samples: how many there are in all. dtype: that of the outputs; results are float64 for float64, else float32, and
-    sums are float64 always. Every sample is added once, in any order and any slices.
+    sums are float64 always. out: a file that every sample is written to; samples are then not kept, whatever `reduce`,
+    and whoever adds calls `discard` in the end, which after `result` does nothing. Every sample is added once, in any
+    order and any slices.
     """
 
     def __init__(
@@ -61,7 +66,10 @@ class Accumulator:
         seed: int,
         dtype: torch.dtype,
         device: torch.device,
+        out: str | Path | None = None,
     ):
+        if out is not None:
+            reduce = "mean"
         self.axes, self.samples, self.groups, self.effect, self.seed = axes, samples, groups, effect, seed
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         units, steps = axes.decoded.shape
@@ -83,6 +91,9 @@ class Accumulator:
         self.weight_sum = torch.zeros(count, dtype=torch.float64, device=device)
         # of each unit and group, then of each unit and step: one matrix product adds to both
         self.drawn = torch.zeros(count, units * (len(groups) + steps), dtype=torch.float64, device=device)
+        self.writer = None
+        if out is not None:
+            self.writer = TableWriter(check_out(out), axes, groups.names, self.dtype, self._facts())
 
     def add(self, samples: slice, effects: Tensor) -> None:
         """effects (B, J, G) of the J decoded interventions, in the order of `decoded.nonzero()`, of these samples."""
@@ -96,6 +107,8 @@ class Accumulator:
         if self.kept is not None:
             self.kept[samples] = full
             return
+        if self.writer is not None:
+            self.writer.add(samples, full)
         assert self.total is not None
         rows = []
         for block in full.split(max(1, _BLOCK_BYTES // (8 * max(self.total.numel(), 1)))):
@@ -125,11 +138,7 @@ class Accumulator:
         """The effects of all samples, once every one of them was added."""
         units, steps, groups = self.shape
         axes = self.axes
-        coords = {
-            axes.unit: list(axes.labels),
-            axes.step: axes.coordinates.tolist(),
-            "group": list(self.groups.names),
-        }
+        coords = self._coords()
         by_group = by_step = None
         if self.kept is not None:
             coords = {"sample": list(range(self.samples)), **coords}
@@ -142,6 +151,8 @@ class Accumulator:
                 drawn = (self.drawn[some] / self.weight_sum[some, None]).to(self.dtype)
                 by_group = drawn[:, : units * groups].unflatten(1, (units, groups)).contiguous()
                 by_step = drawn[:, units * groups :].unflatten(1, (units, steps)).contiguous()
+        if self.writer is not None:
+            self.writer.close(plan)
         return Effects(
             tensor,
             tuple(coords),
@@ -154,4 +165,33 @@ class Accumulator:
             replicates=by_group,
             step_replicates=by_step,
             plan=plan,
+            path=None if self.writer is None else str(self.writer.path),
         )
+
+    def discard(self) -> None:
+        """Leave no file behind where there is no result."""
+        if self.writer is not None:
+            self.writer.discard()
+
+    def _coords(self) -> dict[str, list]:
+        axes = self.axes
+        return {
+            axes.unit: list(axes.labels),
+            axes.step: axes.coordinates.tolist(),
+            "group": list(self.groups.names),
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        """What a file says of the effects in it, as JSON."""
+        axes, coords = self.axes, self._coords()
+        return {
+            "dims": list(coords),
+            "coords": coords,
+            "samples": self.samples,
+            "effect": self.effect,
+            "grid": axes.grid,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "step_size": None if axes.step_size is None else axes.step_size.tolist(),
+            "step_dtype": None if axes.step_size is None else str(axes.step_size.dtype).removeprefix("torch."),
+            "group_weights": self.weights.tolist(),
+        }

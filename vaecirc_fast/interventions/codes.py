@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ def code_sweep(
     replicates: int = REPLICATES,
     seed: int = 0,
     tile: int | None = None,
+    out: str | Path | None = None,
 ) -> Effects:
     """Effects of changing the codes of a vector quantiser on the decoder's output.
 
@@ -77,7 +79,9 @@ def code_sweep(
     _check_codes(codes, codebook)
     if grid not in NAMES:
         raise InputError(f"grid: {grid!r} is unknown; known: {', '.join(NAMES)}")
-    check_options(effect=effect, groups=groups, reduce=reduce, on=on, replicates=replicates, tile=tile, draws=draws)
+    check_options(
+        effect=effect, groups=groups, reduce=reduce, on=on, replicates=replicates, tile=tile, draws=draws, out=out
+    )
     started = time.perf_counter()
     make = _Discrete if grid in DISCRETE else _Requantised if grid == "z_e" else _Shifted
     form = make(codes, codebook, grid, scale, draws, seed)
@@ -92,6 +96,7 @@ def code_sweep(
             replicates=replicates,
             seed=seed,
             started=started,
+            out=out,
         )
 
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .._tensor_files import read_tensors, write_tensors
 from ..errors import MissingExtra
 from ..metrics import causal
+from .effect_tables import read_table
 
 if TYPE_CHECKING:
     import pandas
@@ -28,6 +30,7 @@ class Effects:
     replicates: (replicate, latent, group) Poisson-bootstrap replicates of the step-normalised effect, samples
     resampled;
     step_replicates: (replicate, latent, step) of the effect on the whole output. None where samples are kept.
+    path: the file that the effects of every sample were written to, if one was.
     """
 
     tensor: Tensor
@@ -41,6 +44,7 @@ class Effects:
     replicates: Tensor | None = None
     step_replicates: Tensor | None = None
     plan: str = field(default="", repr=False)
+    path: str | None = None
 
     def mean(self) -> Tensor:
         """(latent, step, group) effects averaged over samples."""
@@ -76,7 +80,7 @@ class Effects:
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file, atomically."""
         tensors = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
-        facts = {name: getattr(self, name) for name in ("dims", "coords", "effect", "grid", "samples", "plan")}
+        facts = {name: getattr(self, name) for name in ("dims", "coords", "effect", "grid", "samples", "plan", "path")}
         write_tensors(Path(path), "effects", tensors, facts)
 
     @classmethod
@@ -85,6 +89,29 @@ class Effects:
         tensors, facts = read_tensors(Path(path), "effects", "delete it and measure again")
         facts["dims"] = tuple(facts["dims"])
         return cls(**tensors, **facts)
+
+    @classmethod
+    def from_table(cls, path: str | Path) -> Effects:
+        """The effects of every sample, dims (sample, latent, step, group), from a file that a sweep wrote to `out`.
+
+        To the bit those that `reduce=None` keeps in memory. InputError for a missing, damaged or foreign file, and for
+        one larger than the memory that is free.
+        """
+        tensor, facts = read_table(path)
+        dims = ("sample", *facts["dims"])
+        sizes = facts["step_size"]
+        return cls(
+            tensor,
+            dims,
+            {"sample": list(range(facts["samples"])), **facts["coords"]},
+            effect=facts["effect"],
+            grid=facts["grid"],
+            samples=facts["samples"],
+            group_weights=torch.tensor(facts["group_weights"], dtype=torch.float64),
+            step_size=None if sizes is None else torch.tensor(sizes, dtype=getattr(torch, facts["step_dtype"])),
+            plan=facts["plan"],
+            path=str(path),
+        )
 
 
 _TENSORS = ("tensor", "group_weights", "step_size", "replicates", "step_replicates")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path as FilePath
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from ..groups import Groups, whole
 from ..ops import effect_reduction
 from ..reference.effect_reduction import KINDS
 from .accumulate import Accumulator, Axes
+from .effect_tables import check_out
 from .effects import Effects
 from .networks import Recorded, record
 
@@ -51,6 +53,7 @@ def sweep(
     replicates: int,
     seed: int,
     started: float,
+    out: str | FilePath | None = None,
 ) -> Effects:
     """Run all parts of a sweep along `path` and add up their effects. started: when, by `time.perf_counter()`."""
     accumulator = Accumulator(
@@ -63,10 +66,14 @@ def sweep(
         seed=seed,
         dtype=call.dtype,
         device=call.inputs.device,
+        out=out,
     )
-    for part in path.parts():
-        accumulator.add(part, path.effects(part))
-    return accumulator.result(path.plan(time.perf_counter() - started))
+    try:
+        for part in path.parts():
+            accumulator.add(part, path.effects(part))
+        return accumulator.result(path.plan(time.perf_counter() - started))
+    finally:
+        accumulator.discard()
 
 
 class GenericPath:
@@ -180,7 +187,15 @@ class Calls:
 
 
 def check_options(
-    *, effect: str, groups: Groups | None, reduce: str | None, on: str, replicates: int, tile: int | None, **counts: int
+    *,
+    effect: str,
+    groups: Groups | None,
+    reduce: str | None,
+    on: str,
+    replicates: int,
+    tile: int | None,
+    out: str | FilePath | None = None,
+    **counts: int,
 ) -> None:
     """InputError for an option that every kind of sweep refuses; `counts` are numbers of at least 1, by name."""
     if effect not in KINDS:
@@ -195,6 +210,8 @@ def check_options(
         least = 0 if name == "replicates" else 1
         if not (isinstance(count, int) and count >= least or name == "tile" and count is None):
             raise InputError(f"{name}: expected an integer of at least {least}, got {count!r}")
+    if out is not None:
+        check_out(out)
 
 
 def refuse_train_mode(decoder: nn.Module) -> None:

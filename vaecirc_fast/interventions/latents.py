@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ def latent_sweep(
     replicates: int = REPLICATES,
     seed: int = 0,
     tile: int | None = None,
+    out: str | Path | None = None,
     engine: str = "auto",
     precision: str = "float32",
 ) -> Effects:
@@ -68,6 +70,10 @@ def latent_sweep(
     groups: partition of the output's elements; one group by default.
     reduce: "mean" over samples, with `replicates` bootstrap replicates accumulated on the way, so that memory does not
     grow with N or S (samples enter the bootstrap by index and `seed`, in any tiling alike); None keeps every sample.
+    out: a file, .parquet or .arrow, that the effects of every sample are written to as they come, in memory that does
+    not grow with N: a row for each sample, latent, step and group, with the column `effect`. The result then has the
+    means, whatever `reduce`, and `path`; `Effects.from_table` reads the file. It needs the extra `arrow`. The file
+    appears whole or not at all.
     tile: rows of one decoder call of the generic engine; chosen by the size of the activations if None.
     engine: "auto" takes the fastest that applies, and the plan says which and why. "fused" computes with the layers
     that one call of the decoder showed, in the kernels of `vf.ops.latent_sweep`; "gram", for squared effects before a
@@ -79,7 +85,9 @@ def latent_sweep(
     decoded. InputError for NaN codes or outputs, wrong shapes, unknown names.
     """
     check_codes(z)
-    check_options(effect=effect, groups=groups, reduce=reduce, on=on, replicates=replicates, tile=tile, draws=draws)
+    check_options(
+        effect=effect, groups=groups, reduce=reduce, on=on, replicates=replicates, tile=tile, draws=draws, out=out
+    )
     if engine not in ENGINES:
         raise InputError(f"engine: {engine!r} is unknown; known: {', '.join(ENGINES)}")
     if precision not in PRECISIONS:
@@ -113,6 +121,7 @@ def latent_sweep(
             replicates=replicates,
             seed=seed,
             started=started,
+            out=out,
         )
 
 

@@ -33,6 +33,7 @@ TAP_BYTES = 20 << 20  # products of pixels with taps
 ROWS = 1 << 16  # of a tile, at most
 WIDEST_RUN = 128
 PROGRAMS = 512  # that share the rows of the last layer: several for each multiprocessor of any GPU
+BIG_BLOCKS = True  # in the interpreter, which is slow by the program
 MOST_CHANNELS = 128  # between the last two layers, for one program to do both
 
 
@@ -680,6 +681,7 @@ class _Arithmetic:
 
     def __init__(self, precision: int, gpu: bool):
         self.gpu, self.precision = gpu, precision
+        self.big = BIG_BLOCKS and not gpu
         self.dtype = torch.bfloat16 if precision == 2 else torch.float32
         # A GPU rounds to bfloat16 when it converts.
         dropped = (0, 13, 0 if gpu else 16)[precision]
@@ -698,7 +700,7 @@ class _Arithmetic:
     def blocks(self, rows: int, columns: int, depth: int, names: str, exact: bool = False) -> dict[str, int]:
         """Blocks of rows x columns, a product over `depth`; `names` are those of the three. Few, big ones where they
         are interpreted."""
-        if not self.gpu:
+        if self.big:
             sizes, options = (min(256, _power(rows)), min(1024, _power(columns)), min(512, _power(depth))), {}
         elif exact or self.precision == 0:
             sizes = (64, min(64, _power(columns)), 16)
@@ -767,7 +769,7 @@ class _Front:
         rounded = self.arithmetic.rounded if self.count else {"DROPPED": 0}
         h = self._place(0, rows)
         block_n = min(256, _power(N))
-        block_r = 16 if self.arithmetic.gpu else min(256, _power(rows))
+        block_r = min(256, _power(rows)) if self.arithmetic.big else 16
         _first_kernel[(triton.cdiv(rows, block_r), triton.cdiv(N, block_n))](
             *(pre, self.columns, latents, shifts, h, start, sample, rows, J, K, N, self.slopes[0]),
             ACTIVATION=self.layers[0][1],
@@ -880,7 +882,7 @@ class _DenseTail:
         """Writes sums over runs."""
         rows, depth = h.shape
         blocks = self.arithmetic.blocks(rows, max(elements.count, elements.width), depth, "RND")
-        if self.arithmetic.gpu and sum(flags[name] for name in SUMS) > 1:
+        if not self.arithmetic.big and sum(flags[name] for name in SUMS) > 1:
             blocks["BLOCK_N"] = min(blocks["BLOCK_N"], 64)  # or registers spill
         blocks["BLOCK_N"] = max(blocks["BLOCK_N"], elements.width)
         _dense_tail_kernel[(triton.cdiv(rows, blocks["BLOCK_R"]) * triton.cdiv(elements.count, blocks["BLOCK_N"]),)](
@@ -940,7 +942,7 @@ class _TransposedTail:
         between = self.taps.shape[1]
         blocks = arithmetic.blocks(ROWS, between if pair else 16, channels, "MNC")
         blocks["BLOCK_N"] = max(16, _power(between)) if pair else 16
-        if arithmetic.gpu and arithmetic.precision == 0:
+        if not arithmetic.big and arithmetic.precision == 0:
             blocks |= {"num_warps": 8, "maxnreg": 160 if pair else 200}  # or the compiler spills
         own = 4 * len(self.taps) * self.pixels
         q = self.down * self.across
@@ -964,10 +966,8 @@ class _TransposedTail:
             **arithmetic.product,
             ROWS=at_once,
             **blocks,
-            BLOCK_T=max(
-                16, min(_power(len(self.taps)), (64 if arithmetic.precision else 16) if arithmetic.gpu else 512)
-            ),
-            BLOCK_P=max(run, min(_power(P), 1024 // at_once if arithmetic.gpu else 4096)),
+            BLOCK_T=max(16, min(_power(len(self.taps)), 512 if arithmetic.big else 64 if arithmetic.precision else 16)),
+            BLOCK_P=max(run, min(_power(P), 4096 if arithmetic.big else 1024 // at_once)),
         )
 
 
@@ -1053,7 +1053,7 @@ def _add_up(sums, elements, offsets, out, start, rows, kinds, flags):
     """Sums over runs to the effects of groups."""
     groups = offsets.numel() - 1
     block_t = min(64, _power(-(-elements.runs // groups)))
-    block = max(1, (1024 if sums.is_cuda else 1 << 15) // block_t)
+    block = max(1, (1 << 15 if BIG_BLOCKS and not sums.is_cuda else 1024) // block_t)
     _runs_kernel[(triton.cdiv(rows * groups, block),)](
         *(sums, offsets, elements.run_offsets, out, start, rows, elements.runs, len(kinds), groups),
         *(*kinds, *[-1] * (6 - len(kinds))),
@@ -1067,7 +1067,7 @@ def _softmax(logits, spans, longest, out):
     """Writes softmax over each span, none longer than `longest`, of logits (rows, P)."""
     rows, P = logits.shape
     block_s = min(1024, _power(longest))
-    block_r = max(1, (2048 if logits.is_cuda else 1 << 15) // block_s)
+    block_r = max(1, (1 << 15 if BIG_BLOCKS and not logits.is_cuda else 2048) // block_s)
     _softmax_kernel[(triton.cdiv(rows, block_r), len(spans) - 1)](
         *(logits, spans, out, rows, P), BLOCK_R=block_r, BLOCK_S=block_s
     )

@@ -152,9 +152,7 @@ def test_where_forward_mode_is_missing():
     twice = linearised(lambda z: Cube.apply(z), z, grid=grid)
     assert torch.allclose(twice.tensor, forward.tensor, rtol=1e-12)
     assert "by differentiating twice, since" in twice.plan and "Cube" not in forward.plan
-    with pytest.raises(
-        InputError, match="decoder: an operation has neither a forward-mode derivative .* nor"
-    ):
+    with pytest.raises(InputError, match="decoder: an operation has neither a forward-mode derivative .* nor"):
         linearised(lambda z: OnceCube.apply(z), z, grid=grid)
 
 

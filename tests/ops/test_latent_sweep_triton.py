@@ -270,6 +270,49 @@ def test_layers_that_one_program_cannot_join(backend, monkeypatch):
     check(backend, network, groups, problem())
 
 
+LARGER = {
+    "dense": Network((dense(L, 70), dense(70, 130), last(dense(130, 300))), link="sigmoid"),
+    "softmax": Network((dense(L, 70), last(dense(70, 300))), link="softmax", spans=(130, 2, 168)),
+    "convolutions": Network(
+        (
+            dense(L, 70 * 4 * 3),
+            transposed(70, 140, (2, 2), stride=(2, 1)),
+            transposed(140, 36, (3, 4), stride=(1, 2)),
+            last(transposed(36, 7, (4, 4), **HALVES)),
+        ),
+        grid=(70, 4, 3),
+        link="sigmoid",
+    ),
+}
+
+
+@on_triton
+@pytest.mark.parametrize(
+    ("net", "precision"),
+    [
+        *itertools.product(("dense", "softmax"), ("float32", "bf16")),
+        ("convolutions", "bf16"),
+        pytest.param("convolutions", "float32", marks=pytest.mark.deep),
+    ],
+)
+def test_blocks_of_a_gpu(backend, net, precision, monkeypatch):
+    """Several blocks along every axis of every product: rows, outputs, depth, taps, runs."""
+    monkeypatch.setattr(kernels, "BIG_BLOCKS", False)
+    network = LARGER[net]
+    arguments = problem(2, 3 if (net, precision) == ("convolutions", "float32") else 70)
+    if precision != "float32":  # so that no first activation is near the middle between two operands
+        first = network.layers[0]
+        first = replace(first, weight=(first.weight * 16).round() / 16, bias=None)
+        network = replace(network, layers=(first, *network.layers[1:]))
+        arguments = tuple((t * 8).round() / 8 if t.is_floating_point() else t for t in arguments)
+        if net == "dense":  # a second layer's sums round differently
+            network = replace(network, layers=(first, last(dense(70, 300))))
+        elif net == "convolutions":
+            network = replace(network, layers=(first, last(transposed(70, 7, (4, 4), **HALVES))))
+    elements = math.prod(network.shapes()[-1])
+    check(backend, network, any_labels(elements, 9), arguments, kinds_of(network)[:3], precision)
+
+
 @on_triton
 @pytest.mark.parametrize("kind", ["dense", "convolution"])
 def test_lower_precision(backend, kind):

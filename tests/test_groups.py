@@ -161,3 +161,28 @@ def test_bad_input_is_one_clear_line(name):
     with pytest.raises(InputError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_members_by_name():
+    found = groups.members({"b": [3, 0], "a": [1, 2]}, 4)
+    assert found.names == ("b", "a") and found.labels.tolist() == [0, 1, 1, 0]
+    some = groups.members({"a": [1, 2]}, 4, leave_out=True)
+    assert some.labels.tolist() == [-1, 0, 0, -1]
+
+
+@pytest.mark.parametrize(
+    ("given", "elements", "message"),
+    [
+        ({"a": [0, 1], "b": [1, 2]}, 3, "group 'b' has element 1 and so has 'a'; groups must not overlap"),
+        ({"a": [0, 0, 1]}, 2, "group 'a' has element 0 twice"),
+        ({"a": [0], "b": [2]}, 4, "element 1 and 1 more are in no group; leave_out=True"),
+        ({"a": [0, 4]}, 4, "group 'a' has element 4, expected integers of 0..3"),
+        ({"a": [-1]}, 4, "group 'a' has element -1"),
+        ({"a": [0.5]}, 4, "group 'a' has element 0.5"),
+        ({"a": [0, 1], "b": []}, 2, "group 'b' is empty"),
+        ({}, 2, "at least one group"),
+    ],
+)
+def test_members_that_do_not_fit(given, elements, message):
+    with pytest.raises(InputError, match=message):
+        groups.members(given, elements)

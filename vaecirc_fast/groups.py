@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -70,6 +70,36 @@ def from_labels(
     order = torch.argsort(labels, stable=True)[int((labels < 0).sum()) :]
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
     return Groups(labels.int(), names, shape, order.int(), offsets.int())
+
+
+def members(
+    groups: Mapping[str, Sequence[int]], elements: int, *, leave_out: bool = False, shape: tuple[int, ...] | None = None
+) -> Groups:
+    """Groups by name, each the numbers of its elements among `elements` (row-major): {"income": [3, 4], ...}.
+
+    Every element must be in one group; with `leave_out` the rest are in none. InputError for elements in two groups, in
+    none, out of range or twice in one, and for empty groups.
+    """
+    if elements < 1 or not groups:
+        raise InputError(f"members: expected at least one group and one element, got {len(groups)} and {elements}")
+    labels = [-1] * elements
+    names = list(groups)
+    for g, (name, numbers) in enumerate(groups.items()):
+        for p in numbers:
+            if not (isinstance(p, int) and 0 <= p < elements):
+                raise InputError(f"members: group {name!r} has element {p!r}, expected integers of 0..{elements - 1}")
+            if labels[p] >= 0:
+                other = "twice" if labels[p] == g else f"and so has {names[labels[p]]!r}"
+                raise InputError(f"members: group {name!r} has element {p} {other}; groups must not overlap")
+            labels[p] = g
+        if g not in labels:
+            raise InputError(f"members: group {name!r} is empty")
+    if -1 in labels and not leave_out:
+        raise InputError(
+            f"members: element {labels.index(-1)} and {labels.count(-1) - 1} more are in no group; leave_out=True "
+            "measures without them"
+        )
+    return from_labels(labels, names, shape)
 
 
 def whole(elements: int) -> Groups:

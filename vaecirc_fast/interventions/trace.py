@@ -1,0 +1,261 @@
+"""The operations that one forward pass executes, as a graph that runs again from any point on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor that came from the inputs, by the number of its making; an operation in place makes a new one."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation: its arguments with Values in place of tensors that came from the inputs, and what it made.
+
+    made: the Value of each returned tensor, None for one that needs none. written: (position, Value) of arguments that
+    the operation changes in place, and what they are afterwards.
+    """
+
+    func: Any
+    args: tuple
+    kwargs: Mapping[str, Any]
+    made: tuple[Value | None, ...]
+    written: tuple[tuple[int, Value], ...]
+    reads: tuple[Value, ...]
+
+
+@dataclass
+class Place:
+    """What passed a module: the values of its input and output each time it ran, and their shapes."""
+
+    inputs: list[Value | None] = field(default_factory=list)
+    outputs: list[Value | None] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A forward pass on a batch of fixed size."""
+
+    inputs: tuple[Value, ...]
+    output: Value
+    steps: tuple[Step, ...]
+    places: Mapping[str, Place]
+    flops: tuple[int, ...]  # of each step: matrix products and convolutions
+
+    def downstream(self, starts: Iterable[Value]) -> Program:
+        """What must run again once these values are others; all else keeps its value."""
+        starts = set(starts)
+        changed = set(starts)
+        chosen = []
+        for n, step in enumerate(self.steps):
+            if changed.isdisjoint(step.reads):
+                continue
+            chosen.append(n)
+            changed.update(v for v in (*step.made, *(v for _, v in step.written)) if v is not None and v not in starts)
+        return Program(self, tuple(chosen), starts)
+
+    def everything(self) -> Program:
+        """The whole pass."""
+        return self.downstream(self.inputs)
+
+
+class Program:
+    """Some steps of a trace, with what they need from before and when each value is last used."""
+
+    def __init__(self, trace: Trace, chosen: tuple[int, ...], starts: set[Value]):
+        self.trace, self.chosen, self.starts = trace, chosen, starts
+        self.flops = sum(trace.flops[n] for n in chosen)
+        made: set[Value] = set(starts)
+        needs: set[Value] = set()
+        last: dict[Value, int] = {}
+        for n in chosen:
+            step = trace.steps[n]
+            needs.update(v for v in step.reads if v not in made)
+            made.update(v for v in (*step.made, *(v for _, v in step.written)) if v is not None)
+            last.update((v, n) for v in step.reads)
+        self.needs = frozenset(needs)
+        self.reaches = trace.output in made
+        self._made = made
+        self._dead: dict[int, list[Value]] = {}
+        for value, n in last.items():
+            self._dead.setdefault(n, []).append(value)
+
+    def run(self, values: Mapping[Value, Tensor], keep: Collection[Value] = ()) -> dict[Value, Tensor]:
+        """Run the steps on `values`, the starts and all of `needs`; returns the output and what `keep` names."""
+        wanted = {self.trace.output, *keep}
+        current = dict(values)
+        for n in self.chosen:
+            step = self.trace.steps[n]
+            written = dict(step.written)
+
+            def given(leaf: Any) -> Any:
+                return current[leaf] if isinstance(leaf, Value) else leaf
+
+            args = [tree_map(given, a, is_leaf=_is_value) for a in step.args]
+            for position in written:
+                args[position] = args[position].clone()  # what others read stays as it is
+            out = step.func(*args, **tree_map(given, dict(step.kwargs), is_leaf=_is_value))
+            tensors = [t for t in tree_iter(out) if isinstance(t, Tensor)]
+            for value, t in zip(step.made, tensors, strict=True):
+                # a start keeps the value that it was given
+                if value is not None and value not in self.starts:
+                    current[value] = t
+            for position, value in step.written:
+                if value not in self.starts:
+                    current[value] = args[position]
+            for value in self._dead.get(n, ()):
+                if value not in wanted:
+                    current.pop(value, None)
+        return {value: current[value] for value in wanted if value in current}
+
+
+def _is_value(x: Any) -> bool:
+    return isinstance(x, Value)
+
+
+def trace(
+    module: nn.Module, call: Callable[..., Any], args: Sequence[Tensor], sites: Iterable[str] = ()
+) -> tuple[Trace, Tensor]:
+    """Run `call(*args)`, which runs `module`, and return what it executed with its output, a tensor.
+
+    sites: modules by path whose inputs and outputs are noted. InputError names what cannot be run again faithfully:
+    random numbers, decisions that depend on values, operations in place on views, buffers that the pass changes.
+    """
+    modules = dict(module.named_modules())
+    recorder = _Recorder(args)
+    with ExitStack() as stack, torch.no_grad():
+        for name in sites:
+            stack.callback(modules[name].register_forward_pre_hook(recorder.entering(name), with_kwargs=True).remove)
+            stack.callback(modules[name].register_forward_hook(recorder.leaving(name)).remove)
+        stack.enter_context(recorder)
+        output = call(*args)
+    if recorder.refusal:
+        raise InputError(f"module: {recorder.refusal}")
+    if not isinstance(output, Tensor):
+        raise InputError(f"module: its output is {type(output).__name__}; readout= must choose a tensor of it")
+    value = recorder.value_of(output)
+    if value is None:
+        raise InputError("module: its output does not come from its input through torch's operations")
+    return (
+        Trace(recorder.inputs, value, tuple(recorder.steps), recorder.places, tuple(recorder.flops)),
+        output,
+    )
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every operation on tensors that come from the inputs."""
+
+    def __init__(self, inputs: Sequence[Tensor]):
+        super().__init__()
+        self.steps: list[Step] = []
+        self.flops: list[int] = []
+        self.places: dict[str, Place] = {}
+        self.refusal = ""
+        self._values: dict[int, Value] = {}
+        self._kept: list[Tensor] = []  # ids stay theirs while the tensors live
+        self._storages: dict[int, int] = {}  # how many tensors lie in a storage
+        self.inputs = tuple(self._new(t) for t in inputs)
+
+    def value_of(self, tensor: Any) -> Value | None:
+        return self._values.get(id(tensor))
+
+    def entering(self, name: str):
+        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            given = next((t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)), None)
+            self.places.setdefault(name, Place()).inputs.append(self.value_of(given))
+
+        return hook
+
+    def leaving(self, name: str):
+        def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
+            place = self.places.setdefault(name, Place())
+            first = output if isinstance(output, Tensor) else None
+            place.outputs.append(self.value_of(first))
+            place.shapes.append(() if first is None else tuple(first.shape))
+
+        return hook
+
+    def _new(self, tensor: Tensor, again: bool = False) -> Value:
+        """The value of a tensor; `again`: of one that has had another."""
+        value = Value(len(self._kept))
+        self._kept.append(tensor)
+        self._values[id(tensor)] = value
+        if not again:
+            storage = tensor.untyped_storage().data_ptr()
+            self._storages[storage] = self._storages.get(storage, 0) + 1
+        return value
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        tracked = any(id(t) in self._values for t in given)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._refuse(f"{func} draws random numbers; call eval(), or fix what is drawn")
+        if tracked and torch.Tag.data_dependent_output in func.tags:
+            self._refuse(f"{func} makes a decision or a shape depend on values")
+        if not tracked:
+            return func(*args, **kwargs)
+
+        def noted(leaf: Any) -> Any:
+            return self._values.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf
+
+        arguments, keywords = tree_map(noted, tuple(args)), tree_map(noted, dict(kwargs))
+        reads = tuple(v for v in tree_iter((arguments, keywords), is_leaf=_is_value) if isinstance(v, Value))
+        writes = self._writes(func, args, kwargs)
+        out = func(*args, **kwargs)
+        written = tuple((position, self._new(args[position], again=True)) for position in writes)
+        already = {id(args[position]) for position in writes}
+        made = tuple(None if id(t) in already else self._new(t) for t in tree_iter(out) if isinstance(t, Tensor))
+        self.steps.append(Step(func, arguments, keywords, made, written, reads))
+        self.flops.append(_flops(func, args, kwargs, out))
+        return out
+
+    def _writes(self, func: Any, args: tuple, kwargs: dict) -> list[int]:
+        """Positions of the arguments that the operation changes in place."""
+        if not func._schema.is_mutable:
+            return []
+        positions = []
+        for n, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            target = args[n] if n < len(args) else kwargs.get(argument.name)
+            if not isinstance(target, Tensor):
+                continue
+            if id(target) not in self._values:
+                self._refuse(f"{func} changes a buffer or parameter of the module")
+            elif n >= len(args) or self._storages[target.untyped_storage().data_ptr()] > 1:
+                self._refuse(f"{func} changes a view, or what has one, in place; use the operation out of place")
+            else:
+                positions.append(n)
+        return positions
+
+    def _refuse(self, why: str) -> None:
+        self.refusal = self.refusal or why
+
+
+def _flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
+    """Operations of a product or convolution, as torch's counter has them; 0 for all else."""
+    from torch.utils.flop_counter import flop_registry
+
+    formula = flop_registry.get(func._overloadpacket)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))

@@ -34,6 +34,7 @@ ROWS = 1 << 16  # of a tile, at most
 WIDEST_RUN = 128
 PROGRAMS = 512  # that share the rows of the last layer: several for each multiprocessor of any GPU
 BIG_BLOCKS = True  # in the interpreter, which is slow by the program
+WORTH_CAPTURING = 8  # tiles alike
 MOST_CHANNELS = 128  # between the last two layers, for one program to do both
 
 
@@ -134,15 +135,14 @@ def _add_effects(
 # --- dense layers ----------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["start", "sample", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _first_kernel(
     pre,  # (samples, N) pre-activations of the samples themselves
     columns,  # (L, N)
     latents,  # (J, K)
     shifts,  # (B, J, K)
     out,  # (rows, N)
-    start,  # the first row, of B J
-    sample,  # the first sample of pre
+    place,  # (2): the first row, of B J, and the first sample of pre; in memory, so that a captured launch moves on
     rows,
     J,
     K,
@@ -157,8 +157,8 @@ def _first_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = r < rows
     inside = valid[:, None] & (n < N)[None, :]
-    row = r.to(tl.int64) + start
-    of = (row // J - sample).to(tl.int32)
+    row = r.to(tl.int64) + tl.load(place)
+    of = (row // J - tl.load(place + 1)).to(tl.int32)
     j = row % J
     x = tl.load(pre + of[:, None] * N + n[None, :], mask=inside, other=0.0)
     for k in range(0, K):
@@ -225,7 +225,7 @@ def _dense_kernel(
     tl.store(out + r[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["start", "sample", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _dense_tail_kernel(
     x,  # (rows, D)
     w,  # (P, D), sorted by group
@@ -234,8 +234,7 @@ def _dense_tail_kernel(
     base,  # (samples, P) after the link
     raw,  # (samples, P) before it
     sums,  # (sums, rows, runs)
-    start,
-    sample,
+    place,
     rows,
     J,
     P,
@@ -261,7 +260,7 @@ def _dense_tail_kernel(
     kept = None
     if keep is not None:
         kept = tl.load(keep + p, mask=p < P, other=0) != 0
-    of = ((r.to(tl.int64) + start) // J - sample).to(tl.int32)
+    of = ((r.to(tl.int64) + tl.load(place)) // J - tl.load(place + 1)).to(tl.int32)
     runs = P // WIDTH
     run = block * (BLOCK_N // WIDTH) + tl.arange(0, BLOCK_N // WIDTH)
     at = of[:, None] * P + p[None, :]
@@ -413,7 +412,7 @@ def _transposed_kernel(
     tl.store(out + at[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["start", "sample", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _transposed_tail_kernel(
     x,  # (rows, height, width, C)
     w,  # (KH, KW, N, C) of the layer before the last, or None: x is what enters the last
@@ -427,8 +426,7 @@ def _transposed_tail_kernel(
     raw,
     sums,  # (sums, rows, runs), or None
     out,  # (rows, P) if there are no sums: the outputs themselves
-    start,
-    sample,
+    place,
     rows,
     J,
     P,
@@ -532,14 +530,13 @@ def _transposed_tail_kernel(
         own = tl.arange(0, ROWS)
         r = first + own
         in_rows = (r < rows)[:, None]
-        of = ((r.to(tl.int64) + start) // J - sample).to(tl.int32)
         for p0 in range(0, P, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
             total = tl.zeros([ROWS, BLOCK_P], tl.float32)
             for k in tl.static_range(PLACES):
-                place = tl.load(places + k * P + p, mask=p < P, other=-1)
-                there = (place >= 0)[None, :] & in_rows
-                total += tl.load(memory + own[:, None] * (T * pixels) + place[None, :], mask=there, other=0.0)
+                held = tl.load(places + k * P + p, mask=p < P, other=-1)
+                there = (held >= 0)[None, :] & in_rows
+                total += tl.load(memory + own[:, None] * (T * pixels) + held[None, :], mask=there, other=0.0)
             total += tl.load(end_bias + p, mask=p < P, other=0.0)[None, :]
             valid = in_rows & (p < P)[None, :]
             if sums is None:
@@ -550,6 +547,7 @@ def _transposed_tail_kernel(
                 kept = None
                 if keep is not None:
                     kept = tl.load(keep + p, mask=p < P, other=0) != 0
+                of = ((r.to(tl.int64) + tl.load(place)) // J - tl.load(place + 1)).to(tl.int32)
                 run = p0 // WIDTH + tl.arange(0, BLOCK_P // WIDTH)
                 at = of[:, None] * P + p[None, :]
                 into = sums + r[:, None] * runs + run[None, :]
@@ -564,13 +562,13 @@ def _transposed_tail_kernel(
 # --- what follows the last layer -------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["start", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _runs_kernel(
     sums,  # (sums, rows, runs)
     offsets,  # (G + 1) of elements
     run_offsets,  # (G + 1) of runs
     out,  # (B J, E, G)
-    start,
+    place,
     rows,
     runs,
     E,
@@ -616,7 +614,7 @@ def _runs_kernel(
             here += stride
         if RAW:
             raw += tl.sum(tl.load(here, mask=inside, other=0.0), 1)
-    into = out + (row + start) * E * G + g
+    into = out + (row + tl.load(place)) * E * G + g
     tl.store(into, finish(kind0, absolute, square, plain, raw, n), mask=valid)
     if kind1 >= 0:
         tl.store(into + G, finish(kind1, absolute, square, plain, raw, n), mask=valid)
@@ -752,17 +750,13 @@ class _Front:
         dtype = self.arithmetic.dtype if self.count else torch.float32
         self.memory = [torch.empty(self.rows * width, dtype=dtype, device=self.first.device) for width in self.widths]
 
-    def pre(self, z):
-        """Pre-activations (B, N) of the first layer, exact."""
-        out = torch.empty(len(z), len(self.first), device=z.device)
-        if len(z):
-            _product_of(
-                self.arithmetic, z, self.first, self.biases[0], out, IDENTITY.value, 0.0, exact=True, operand=False
-            )
-        return out
+    def pre(self, z, out):
+        """Writes pre-activations (B, N) of the first layer, exact."""
+        arguments = (z, self.first, self.biases[0], out, IDENTITY.value, 0.0)
+        _product_of(self.arithmetic, *arguments, exact=True, operand=False)
 
-    def run(self, pre, latents, shifts, start, sample, rows):
-        """What enters the tail for `rows` rows from `start` on: (rows, ...), in memory that the next call reuses."""
+    def run(self, pre, latents, shifts, place, rows):
+        """What enters the tail for `rows` rows from `place` on: (rows, ...), in memory that the next call reuses."""
         J, K = latents.shape
         N = len(self.first)
         # The one layer of a linear decoder is not an operand of anything.
@@ -771,7 +765,7 @@ class _Front:
         block_n = min(256, _power(N))
         block_r = min(256, _power(rows)) if self.arithmetic.big else 16
         _first_kernel[(triton.cdiv(rows, block_r), triton.cdiv(N, block_n))](
-            *(pre, self.columns, latents, shifts, h, start, sample, rows, J, K, N, self.slopes[0]),
+            *(pre, self.columns, latents, shifts, h, place, rows, J, K, N, self.slopes[0]),
             ACTIVATION=self.layers[0][1],
             **rounded,
             BLOCK_R=block_r,
@@ -878,7 +872,7 @@ class _DenseTail:
         activation = SIGMOID.value if linked else IDENTITY.value
         _product_of(self.arithmetic, h.flatten(1), self.weight, self.bias, out, activation, 0.0, operand=False)
 
-    def effects(self, h, elements, base, raw, sums, start, sample, J, flags):
+    def effects(self, h, elements, base, raw, sums, place, J, flags):
         """Writes sums over runs."""
         rows, depth = h.shape
         blocks = self.arithmetic.blocks(rows, max(elements.count, elements.width), depth, "RND")
@@ -886,7 +880,7 @@ class _DenseTail:
             blocks["BLOCK_N"] = min(blocks["BLOCK_N"], 64)  # or registers spill
         blocks["BLOCK_N"] = max(blocks["BLOCK_N"], elements.width)
         _dense_tail_kernel[(triton.cdiv(rows, blocks["BLOCK_R"]) * triton.cdiv(elements.count, blocks["BLOCK_N"]),)](
-            *(h, self.weight, self.bias, elements.keep, base, raw, sums, start, sample, rows, J, elements.count, depth),
+            *(h, self.weight, self.bias, elements.keep, base, raw, sums, place, rows, J, elements.count, depth),
             **flags,
             WIDTH=elements.width,
             **self.arithmetic.product,
@@ -898,7 +892,7 @@ class _TransposedTail:
     """The last layer, a transposed convolution, with the one before it if one program does both."""
 
     def __init__(self, front, bias, shape, order):
-        self.front, self.slope = front, front.slopes[-2]
+        self.front, self.slope, self.memory = front, front.slopes[-2], None
         layer = front.layers[-1]
         kernel = front.last.permute(2, 3, 1, 0)  # (KH, KW, outputs, C)
         self.taps = front.arithmetic.operand(kernel.flatten(0, 2))
@@ -927,13 +921,13 @@ class _TransposedTail:
     def outputs(self, h, out, linked):
         """Writes outputs or logits (rows, P)."""
         flags = {"LINKED": linked, **dict.fromkeys(SUMS, False)}
-        self._launch(h, None, None, None, None, out, 0, 0, 1, flags, 1)
+        self._launch(h, None, None, None, None, out, None, 1, flags, 1)
 
-    def effects(self, h, elements, base, raw, sums, start, sample, J, flags):
+    def effects(self, h, elements, base, raw, sums, place, J, flags):
         """Writes sums over runs."""
-        self._launch(h, elements.keep, base, raw, sums, None, start, sample, J, flags, elements.width)
+        self._launch(h, elements.keep, base, raw, sums, None, place, J, flags, elements.width)
 
-    def _launch(self, h, keep, base, raw, sums, out, start, sample, J, flags, run):
+    def _launch(self, h, keep, base, raw, sums, out, place, J, flags, run):
         front, rows = self.front, len(h)
         arithmetic, pair = front.arithmetic, front.pair
         weight, bias = (front.weights[front.count], front.biases[-2]) if pair else (None, None)
@@ -950,12 +944,14 @@ class _TransposedTail:
         at_once = 1 << at_once.bit_length() - 1
         chunks = triton.cdiv(rows, at_once)
         programs = max(1, min(PROGRAMS, TAP_BYTES // (own * at_once), chunks))
-        memory = torch.empty(programs * at_once * own // 4, device=h.device)
+        size = programs * at_once * own // 4
+        if self.memory is None or self.memory.numel() < size:
+            self.memory = torch.empty(size, device=h.device)
         blocks["BLOCK_M"] = max(16, min(blocks["BLOCK_M"], _power(q * at_once)))
         P = self.places.shape[1]
         _transposed_tail_kernel[(programs,)](
-            *(h, weight, bias, self.taps, self.places, self.bias, keep, memory, base, raw, sums, out),
-            *(start, sample, rows, J, P, height, width, self.down, self.across, channels, between, len(self.taps)),
+            *(h, weight, bias, self.taps, self.places, self.bias, keep, self.memory, base, raw, sums, out),
+            *(place, rows, J, P, height, width, self.down, self.across, channels, between, len(self.taps)),
             self.slope,
             **{"PH": 0, "PW": 0, **geometry},
             PLACES=len(self.places),
@@ -1032,30 +1028,74 @@ def forward(
     front.prepare(samples * J)
     base, raw = (torch.empty(samples, elements.count, device=z.device) if needed else None for needed in kept)
     sums = torch.empty(n_sums * front.rows * elements.runs, device=z.device)
+    pre = torch.empty(samples, len(front.first), device=z.device)
+    place = torch.zeros(2, dtype=torch.int64, device=z.device)
+    zero = torch.zeros_like(place)
+
+    def tile(rows: int) -> None:
+        h = front.run(pre, latents, shifts, place, rows)
+        tail.effects(h, elements, base, raw, sums, place, J, flags)
+        _add_up(sums, elements, offsets, out, place, rows, kinds, flags)
+        place.narrow(0, 0, 1).add_(rows)
+
+    full = _Repeated(lambda: tile(front.rows), z.is_cuda)
     for sample in range(0, B, samples):
         n = min(samples, B - sample)
-        pre = front.pre(z[sample : sample + n])
+        front.pre(z[sample : sample + n], pre)
         for first in range(0, n, front.rows):
             rows = min(front.rows, n - first)
-            h = front.run(pre, latents[:1, :0], shifts, first, 0, rows)
+            h = front.run(pre.narrow(0, first, rows), latents[:1, :0], shifts, zero, rows)
             for memory, linked in ((base, flags["LINKED"]), (raw, False)):
                 if memory is not None:
-                    tail.outputs(h, memory[first : first + rows], linked)
-        for start in range(sample * J, (sample + n) * J, front.rows):
-            rows = min(front.rows, (sample + n) * J - start)
-            h = front.run(pre, latents, shifts, start, sample, rows)
-            tail.effects(h, elements, base, raw, sums, start, sample, J, flags)
-            _add_up(sums, elements, offsets, out, start, rows, kinds, flags)
+                    tail.outputs(h, memory.narrow(0, first, rows), linked)
+        place.copy_(torch.tensor([sample * J, sample]))
+        full(n * J // front.rows)
+        if n * J % front.rows:
+            tile(n * J % front.rows)
     return out
 
 
-def _add_up(sums, elements, offsets, out, start, rows, kinds, flags):
+class _Repeated:
+    """A call that is made many times alike. A GPU captures it once and replays it: Python would launch the kernels of a
+    tile in more time than they run."""
+
+    def __init__(self, call, gpu: bool):
+        self.call, self.graph, self.tries = call, None, gpu
+
+    def __call__(self, times: int) -> None:
+        for left in range(times, 0, -1):
+            if self.graph is not None:
+                self.graph.replay()
+                continue
+            self.call()
+            if self.tries and left > WORTH_CAPTURING:
+                self.tries = False
+                self.graph = self._captured()
+
+    def _captured(self):
+        """The graph of one call, which is compiled and has its memory by now; None where the driver refuses."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self.call()
+                finally:
+                    graph.capture_end()
+        except RuntimeError:
+            return None
+        torch.cuda.current_stream().wait_stream(stream)
+        return graph
+
+
+def _add_up(sums, elements, offsets, out, place, rows, kinds, flags):
     """Sums over runs to the effects of groups."""
     groups = offsets.numel() - 1
     block_t = min(64, _power(-(-elements.runs // groups)))
     block = max(1, (1 << 15 if BIG_BLOCKS and not sums.is_cuda else 1024) // block_t)
     _runs_kernel[(triton.cdiv(rows * groups, block),)](
-        *(sums, offsets, elements.run_offsets, out, start, rows, elements.runs, len(kinds), groups),
+        *(sums, offsets, elements.run_offsets, out, place, rows, elements.runs, len(kinds), groups),
         *(*kinds, *[-1] * (6 - len(kinds))),
         **{name: flags[name] for name in SUMS},
         BLOCK=block,
@@ -1112,9 +1152,9 @@ def _formed(
     spans = spans.to(z.device)
     memory = [torch.empty(front.rows, P, device=z.device) for _ in range((tail is not None) + softmax)]
 
-    def outputs(pre, latents, start, sample, rows):
+    def outputs(pre, latents, place, rows):
         """Logits and outputs (rows, P), in memory that the next call overwrites."""
-        h = front.run(pre, latents, shifts, start, sample, rows)
+        h = front.run(pre, latents, shifts, torch.tensor(place, device=z.device), rows)
         logits = h
         if tail is not None:
             logits = memory[0][:rows]
@@ -1127,12 +1167,13 @@ def _formed(
 
     for sample in range(0, B, samples):
         n = min(samples, B - sample)
-        pre = front.pre(z[sample : sample + n])
-        x0, y0 = (t.clone() for t in outputs(pre, latents[:1, :0], 0, 0, n))
+        pre = torch.empty(n, len(front.first), device=z.device)
+        front.pre(z[sample : sample + n], pre)
+        x0, y0 = (t.clone() for t in outputs(pre, latents[:1, :0], (0, 0), n))
         for first in range(0, J, front.rows):
             count = min(front.rows, J - first)  # of all interventions where there is more than one sample
-            start = sample * J + first
-            x, y = (t.view(n, count, P) for t in outputs(pre, latents, start, sample, n * count))
+            place = (sample * J + first, sample)
+            x, y = (t.view(n, count, P) for t in outputs(pre, latents, place, n * count))
             if not softmax:
                 found = effect_reduction.forward(x0, x, labels, order, offsets, kinds, link, False)
                 out[sample : sample + n, first : first + count] = found
@@ -1179,22 +1220,25 @@ def _launches(layers, sides, P, kinds, link, precision, width, what):
     elements.run_offsets = _on_gpu(65, dtype=torch.int32)
     front = _Front(weights, biases, layout, slopes, shape, arithmetic, 4 * elements.runs)
     front.prepare(B * J)
-    base, sums = _on_gpu(B, P), _on_gpu(4 * front.rows * elements.runs)
+    place, base = _on_gpu(2, dtype=torch.int64), _on_gpu(B, P)
+    sums = _on_gpu(4 * front.rows * elements.runs)
     h = [front._place(n, front.rows) for n in range(front.count)]
     if what == "first":
         front.count = 1
-        front.run(front.pre(_on_gpu(B, 10)), _on_gpu(J, 2, dtype=torch.int64), _on_gpu(B, J, 2), 0, 0, front.rows)
+        pre = _on_gpu(B, len(front.first))
+        front.pre(_on_gpu(B, 10), pre)
+        front.run(pre, _on_gpu(J, 2, dtype=torch.int64), _on_gpu(B, J, 2), place, front.rows)
     elif what == "between":
         for n in range(1, front.count):
             front.layer(n, h[n - 1], h[n])
     elif what == "runs":
         offsets, out = _on_gpu(65, dtype=torch.int32), _on_gpu(B, J, len(kinds), 64)
-        _add_up(sums, elements, offsets, out, 0, front.rows, kinds, flags)
+        _add_up(sums, elements, offsets, out, place, front.rows, kinds, flags)
     else:
         tail = _TransposedTail(front, biases[-1], shape, elements.order) if sides else None
         tail = tail or _DenseTail(front, weights[-1], biases[-1], elements.order)
         tail.outputs(h[-1], base, flags["LINKED"])
-        tail.effects(h[-1], elements, base, base, sums, 0, 0, J, flags)
+        tail.effects(h[-1], elements, base, base, sums, place, J, flags)
 
 
 def _dense(*rest):

@@ -264,6 +264,32 @@ def test_tiles(backend, case, monkeypatch):
 
 
 @on_triton
+@pytest.mark.parametrize("refused", [False, True])
+def test_tiles_replayed(backend, refused, monkeypatch):
+    """What a captured graph does where there is none to capture: the same launches again, none of them made anew. And
+    where the driver refuses to capture, every tile is launched."""
+    replayed = []
+
+    class Graph:
+        def __init__(self, call):
+            self.call = call
+
+        def replay(self):
+            replayed.append(self)
+            self.call()
+
+    original = kernels._Repeated.__init__
+    monkeypatch.setattr(kernels._Repeated, "__init__", lambda self, call, gpu: original(self, call, True))
+    monkeypatch.setattr(kernels._Repeated, "_captured", lambda self: None if refused else Graph(self.call))
+    monkeypatch.setattr(kernels, "WORTH_CAPTURING", 2)
+    monkeypatch.setattr(kernels, "TILE_BYTES", 1 << 10)
+    monkeypatch.setattr(kernels, "BASE_BYTES", 3 << 10)
+    network, groups = CASES["dense, any labels"]
+    check(backend, network, groups, problem(5, 9), ("l1",))
+    assert bool(replayed) is not refused and len(set(replayed)) <= 1
+
+
+@on_triton
 def test_layers_that_one_program_cannot_join(backend, monkeypatch):
     network, groups = CASES["two convolutions, cells"]
     monkeypatch.setattr(kernels, "MOST_CHANNELS", 2)

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from close import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import vaecirc_fast as vf
@@ -405,6 +407,51 @@ def test_logits_and_module_methods():
         code_sweep(net, given, book, on="logits")
     with pytest.raises(InputError, match="Dropout.* train mode"):
         code_sweep(nn.Sequential(nn.Dropout(), net), given, book)
+
+
+# --- invariances of the definitions ----------------------------------------------------------------------------------
+
+MAPS = {
+    "cubic": (lambda z: z**3, lambda w: w.sign() * w.abs() ** (1 / 3)),
+    "sinh": (torch.sinh, torch.asinh),
+    "affine": (lambda z: 5 - 3 * z, lambda w: (5 - w) / 3),
+}
+
+
+def mapped(given, book, forth):
+    return Codes(given.indices, forth(given.z_e), forth(given.z_q)), forth(book)
+
+
+@pytest.mark.parametrize("name", MAPS)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**16), effect=st.sampled_from(["l1", "rms"]))
+def test_swaps_do_not_depend_on_any_invertible_map_of_the_codebook(name, seed, effect):
+    """As resampling of a latent does not: a code is known by its index."""
+    forth, back = MAPS[name]
+    net, codes_, book = problem("image")
+    options = dict(grid="code_swap", effect=effect, seed=seed, groups=partitions.spans([3, 7]))
+    expected = code_sweep(net, codes_, book, **options)
+    E = code_sweep(lambda z: net(back(z)), *mapped(codes_, book, forth), **options)
+    assert torch.allclose(E.tensor, expected.tensor, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=15, deadline=None)
+@given(unit=st.floats(0.01, 100), grid=st.sampled_from(["z_e", "z_q", "code_neighbour"]))
+def test_the_unit_of_the_codebook_does_not_matter(unit, grid):
+    """Steps are in standard deviations, and what is nearest stays so."""
+    net, codes_, book = problem("sequence")
+    expected = code_sweep(net, codes_, book, grid=grid)
+    E = code_sweep(lambda z: net(z / unit), *mapped(codes_, book, lambda z: z * unit), grid=grid)
+    assert torch.allclose(E.tensor, expected.tensor, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=15, deadline=None)
+@given(order=st.permutations(range(7)), grid=st.sampled_from(["z_e", "z_q"]))
+def test_the_order_of_the_codes_does_not_matter(order, grid):
+    net, codes_, book = problem("image")
+    place = torch.tensor(order).argsort()
+    E = code_sweep(net, Codes(place[codes_.indices], codes_.z_e, codes_.z_q), book[order], grid=grid)
+    assert torch.allclose(E.tensor, code_sweep(net, codes_, book, grid=grid).tensor, rtol=1e-12)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

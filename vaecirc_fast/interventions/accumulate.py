@@ -39,10 +39,11 @@ class Axes:
     step_size: Tensor | None = None
 
     @staticmethod
-    def of_latents(spec: Grid, labels: Sequence[int] | None = None) -> Axes:
+    def of_latents(spec: Grid) -> Axes:
         """Those of a latent sweep."""
-        labels = range(spec.decoded.shape[0]) if labels is None else labels
-        return Axes(spec.name, "latent", "step", labels, spec.coordinates, spec.decoded, spec.step_size)
+        rows = list(spec.latents)
+        step_size = None if spec.step_size is None else spec.step_size[rows]
+        return Axes(spec.name, "latent", "step", rows, spec.coordinates, spec.decoded[rows], step_size)
 
 
 class Accumulator:

@@ -160,7 +160,7 @@ class Calls:
         self.rows = fitting if tile is None else tile
 
     def __enter__(self) -> Calls:
-        self._stack.enter_context(_channels_last(self._decoder, self.inputs.device))
+        self._stack.enter_context(channels_last(self._decoder, self.inputs.device))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -229,7 +229,7 @@ def refuse_train_mode(decoder: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _channels_last(decoder: Any, device: torch.device) -> Iterator[None]:
+def channels_last(decoder: Any, device: torch.device) -> Iterator[None]:
     """Within, a CPU module's 4-d parameters are channels-last, on which its convolutions run faster."""
     parameters = [p for p in decoder.parameters() if p.ndim == 4] if isinstance(decoder, nn.Module) else []
     if device.type != "cpu" or not parameters:

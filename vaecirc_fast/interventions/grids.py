@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +25,7 @@ class Grid:
     shift: (L, S) added to z_i, or None; target: (L, S) that z_i is set to, or None; donors: (N, S) samples that give
     z_i, or None;
     step_size: (L, S) |step| by which CES divides, or None where an effect is taken undivided (resample) or not at all
-    (traverse).
+    (traverse). only: the latents that are swept, in ascending order; None for all.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Grid:
     target: Tensor | None = None
     donors: Tensor | None = None
     step_size: Tensor | None = None
+    only: tuple[int, ...] | None = None
 
     def values(self, z: Tensor, samples: slice, latents: Tensor, steps: Tensor) -> Tensor:
         """Values (B, J) of latent `latents[j]` under step `steps[j]` for the B samples `samples` of z (N, L)."""
@@ -45,10 +49,43 @@ class Grid:
     @property
     def decoded(self) -> Tensor:
         """(L, S) bool: which interventions are decoded. A step of zero changes nothing and is never decoded."""
+        decoded = self._moves
+        if self.only is not None:
+            others = torch.ones(len(decoded), dtype=torch.bool, device=decoded.device)
+            others[list(self.only)] = False
+            decoded = decoded.masked_fill(others[:, None], False)
+        return decoded
+
+    @property
+    def zero_steps(self) -> int:
+        """How many interventions on the latents that are swept change nothing."""
+        return int((~self._moves[list(self.latents)]).sum())
+
+    @property
+    def latents(self) -> Sequence[int]:
+        """Those that are swept."""
+        return range(len(self._moves)) if self.only is None else self.only
+
+    @property
+    def _moves(self) -> Tensor:
         if self.shift is not None:
             return self.shift != 0
         shape = self.target.shape if self.target is not None else (0, 0)
         return torch.ones(shape, dtype=torch.bool)
+
+
+def selected(latents: Any, count: int) -> tuple[int, ...]:
+    """The given latents of `count` in ascending order; InputError if one is out of range, twice or no integer."""
+    try:
+        chosen = [operator.index(latent) for latent in latents]
+    except TypeError as error:
+        raise InputError(f"latents: expected a sequence of integers, got {latents!r}") from error
+    wrong = [latent for latent in chosen if not 0 <= latent < count]
+    if wrong or not chosen:
+        raise InputError(f"latents: expected some of 0..{count - 1}, got {wrong[0] if wrong else 'none'}")
+    if len(set(chosen)) < len(chosen):
+        raise InputError(f"latents: expected each once, got {chosen}")
+    return tuple(sorted(chosen))
 
 
 def symmetric(half: int, step: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ def latent_sweep(
     *,
     grid: str | Tensor = "fixed",
     scale: Tensor | None = None,
+    latents: Sequence[int] | None = None,
     effect: str = "l1",
     groups: Groups | None = None,
     reduce: str | None = "mean",
@@ -64,7 +66,8 @@ def latent_sweep(
     decoder: any callable (rows, L) -> (rows, ...), row by row independent; a module is used in the mode it is in, and
     one whose batch norm or dropout is in train mode is refused. Its parameters are not changed and its hooks fire.
     z: (N, L) float codes, usually posterior means. Grids: see `grids.make`; "posterior" needs `scale` (L,); `draws`
-    for "resample".
+    for "resample". latents: which to sweep, all by default; the result names them, in ascending order. Grid and scale
+    are those of all L nevertheless.
     effect: see `vf.ops.effect_reduction`; on="logits" measures it on `decoder.logits(z)`; "logit_mse" needs such
     logits.
     groups: partition of the output's elements; one group by default.
@@ -96,7 +99,9 @@ def latent_sweep(
         raise InputError(f"precision: {precision!r} is of the fused engine, not of 'generic'")
     started = time.perf_counter()
     spec = grids.make(grid, z, scale, seed, draws)
-    latents, steps = spec.decoded.nonzero(as_tuple=True)
+    if latents is not None:
+        spec = dataclasses.replace(spec, only=grids.selected(latents, z.shape[1]))
+    columns, steps = spec.decoded.nonzero(as_tuple=True)
     axes = Axes.of_latents(spec)
     call = Calls(decoder, z, effect, on, tile)
     groups = call.partition(groups)
@@ -110,7 +115,7 @@ def latent_sweep(
             path = GenericPath(
                 call,
                 axes,
-                lambda samples, chosen: intervened(z, spec, samples, [latents[chosen]], steps[chosen]),
+                lambda samples, chosen: intervened(z, spec, samples, [columns[chosen]], steps[chosen]),
                 groups,
                 why=path,
             )

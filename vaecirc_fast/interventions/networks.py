@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +22,7 @@ from ..ops.latent_sweep import Dense, Network, TransposedConvolution
 aten = torch.ops.aten
 Layer = Dense | TransposedConvolution
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     aten.relu.default: "relu",
     aten.relu_.default: "relu",
     aten.leaky_relu.default: "leaky_relu",
@@ -71,9 +74,10 @@ def record(call: Callable[[Tensor], Any], row: Tensor) -> Recorded:
     a crop, and at last a sigmoid or softmax. Weights are referred to, not copied.
     """
     recorder = _Recorder(row)
-    with recorder:
+    reason = watched(call)
+    with _hooks_met() as hooked, recorder:
         output = call(row)
-    reason = watched(call) or recorder.reason
+    reason = reason or "".join(hooked[:1]) or recorder.reason
     if not reason and row.dtype in (torch.bfloat16, torch.float16):
         reason = f"codes are {row.dtype}"
     network = None
@@ -96,6 +100,26 @@ def watched(call: Any) -> str:
             if part._forward_hooks or part._forward_pre_hooks:
                 return f"{name or 'the decoder'} has hooks, which must fire"
     return ""
+
+
+@contextlib.contextmanager
+def _hooks_met() -> Iterator[list[str]]:
+    """Within, notes the modules with hooks that this thread calls: a function hides those that it uses."""
+    found: list[str] = []
+    thread = threading.get_ident()
+
+    def look(module: nn.Module, _args: Any) -> None:
+        if threading.get_ident() == thread and (module._forward_hooks or module._forward_pre_hooks):
+            found.append(f"a {type(module).__name__} that it calls has hooks, which must fire")
+
+    handle = modules.register_module_forward_pre_hook(look)
+    try:
+        with warnings.catch_warnings():
+            # a compiled module warns of hooks that fire twice: this one may
+            warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are global hooks")
+            yield found
+    finally:
+        handle.remove()
 
 
 class _Recorder(TorchDispatchMode):
@@ -149,7 +173,7 @@ class _Recorder(TorchDispatchMode):
             return f"{name} follows the {self.link}"
         if func in (aten.addmm.default, aten.mm.default, aten.convolution.default):
             reason = self._layer(func, args, kwargs, position)
-        elif func in _ACTIVATIONS:
+        elif func in ACTIVATIONS:
             reason = self._activation(func, args)
         elif func in _NORMS:
             reason, out = self._norm(func, args), out[0]
@@ -210,7 +234,7 @@ class _Recorder(TorchDispatchMode):
         return None
 
     def _activation(self, func: Any, args: tuple) -> str | None:
-        name = _ACTIVATIONS[func]
+        name = ACTIVATIONS[func]
         if not self.layers:
             return f"{name} comes before the first layer"
         if self.layers[-1].activation != "identity":

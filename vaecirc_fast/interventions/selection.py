@@ -86,6 +86,12 @@ def parse(spec: str) -> Selection:
     return Selection(path, side, tuple(index))
 
 
+def is_pattern(spec: str | Selection) -> bool:
+    """Whether a spec's path is a shell-style pattern, which leaves out what does not fit."""
+    path = spec.site if isinstance(spec, Selection) else spec.split("[")[0]
+    return any(c in path for c in "*?")
+
+
 def resolve(module: nn.Module, spec: str | Selection) -> list[Selection]:
     """The selections that a spec, whose path may be a shell-style pattern, stands for; InputError if it has none."""
     selection = parse(spec) if isinstance(spec, str) else spec

@@ -1,0 +1,235 @@
+"""Runs of a module whose activations are read, changed or patched (level 3), on any module."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .engine import channels_last, refuse_train_mode
+from .selection import Selection, is_pattern, resolve
+
+ABLATIONS = ("zero", "mean", "mean-positional", "resample", "noise")
+Readout = Callable[[Any], Tensor]
+
+
+class Cache(dict[str, Tensor]):
+    """Activations by site, as `run_with_cache` found them: (N, ...) each; "site.input" for inputs."""
+
+
+@contextlib.contextmanager
+def quiet(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within, the module is in eval mode without gradients, its parameters as a CPU's convolutions like them; all of it
+    restored."""
+    was_training = [m for m in module.modules() if m.training]
+    try:
+        module.eval()
+        refuse_train_mode(module)
+        with torch.no_grad(), channels_last(module, device):
+            yield
+    finally:
+        for m in was_training:
+            m.training = True
+
+
+def inputs_of(x: Any) -> tuple[tuple[Any, ...], int]:
+    """The arguments of a call, and how many rows the first tensor has. InputError for anything else."""
+    args = x if isinstance(x, tuple) else (x,)
+    first = next((a for a in args if isinstance(a, Tensor) and a.ndim), None)
+    if first is None or not len(first):
+        raise InputError(
+            f"x: expected a tensor (N, ...) or a tuple of arguments with one, N > 0, got {type(x).__name__}"
+        )
+    if first.is_floating_point() and not bool(torch.isfinite(first).all()):
+        raise InputError("x: contains NaN or infinity")
+    return args, len(first)
+
+
+def taken(args: tuple[Any, ...], rows: int, part: slice, repeats: int = 1) -> tuple[Any, ...]:
+    """The arguments for some of the rows, each repeated; what has no rows is passed on."""
+
+    def of(a: Any) -> Any:
+        if isinstance(a, Tensor) and a.ndim and len(a) == rows:
+            return a[part].repeat_interleave(repeats, 0) if repeats > 1 else a[part]
+        return a
+
+    return tuple(map(of, args))
+
+
+def run_with_cache(module: nn.Module, x: Any, sites: Sequence[str] = ("*",)) -> tuple[Any, Cache]:
+    """The module's output for x and the activations (N, ...) at the sites, by path; "path.input" for what goes in.
+
+    x: a tensor (N, ...) or a tuple of arguments. sites: paths or shell-style patterns. In eval mode, without gradients.
+    InputError for a site that is not reached, runs several times or gives no tensor; patterns leave such ones out.
+    """
+    args, rows = inputs_of(x)
+    exact = {str(s) for spec in sites for s in resolve(module, spec) if not is_pattern(spec)}
+    chosen = list(dict.fromkeys(s for spec in sites for s in resolve(module, spec)))
+    found: dict[str, list[Any]] = {str(s): [] for s in chosen}
+    modules = dict(module.named_modules())
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet(module, device_of(args)))
+        for s in chosen:
+            if s.index or s.each:
+                raise InputError(f"{s}: a cache holds whole sites, without units")
+            stack.callback(_watch(modules[s.site], s, found[str(s)].append).remove)
+        y = module(*args)
+    cache = Cache()
+    for name, seen in found.items():
+        problem = _problem(name, seen, rows)
+        if problem is None:
+            cache[name] = seen[0]
+        elif name in exact:
+            raise InputError(problem)
+    return y, cache
+
+
+def _problem(name: str, seen: list[Any], rows: int) -> str | None:
+    if not seen:
+        return f"{name}: is not reached when the module runs; choose another site"
+    if len(seen) > 1:
+        return f"{name}: runs {len(seen)} times in one pass; choose a module that runs once"
+    if not isinstance(seen[0], Tensor) or not seen[0].is_floating_point() or seen[0].shape[:1] != (rows,):
+        given = f"{seen[0].dtype} {tuple(seen[0].shape)}" if isinstance(seen[0], Tensor) else type(seen[0]).__name__
+        return f"{name}: gives {given}, expected floats (N = {rows}, ...)"
+    return None
+
+
+def _watch(module: nn.Module, selection: Selection, keep: Callable[[Any], Any]) -> Any:
+    """Passes on copies: a later module may change a tensor in place."""
+
+    def copied(x: Any) -> Any:
+        return x.detach().clone() if isinstance(x, Tensor) else x
+
+    if selection.side == "input":
+        return module.register_forward_pre_hook(lambda _module, args: keep(copied(args[0] if args else None)))
+    return module.register_forward_hook(lambda _module, _args, out: keep(copied(out)))
+
+
+def run_with_hooks(module: nn.Module, x: Any, hooks: Mapping[str, Callable[[Tensor], Tensor]]) -> Any:
+    """The module's output for x where each site's activation a passes through its hook: a -> hook(a), of a's shape.
+
+    hooks: by site; every one must be reached. In eval mode, without gradients. InputError for sites that are not
+    reached, and for a hook that changes shape or dtype.
+    """
+    args, _ = inputs_of(x)
+    modules = dict(module.named_modules())
+    fired: dict[str, int] = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet(module, device_of(args)))
+        for spec, hook in hooks.items():
+            for s in resolve(module, spec):
+                fired[str(s)] = 0
+                stack.callback(_change(modules[s.site], s, hook, fired).remove)
+        y = module(*args)
+    for name, times in fired.items():
+        if not times:
+            raise InputError(f"{name}: is not reached when the module runs; choose another site")
+    return y
+
+
+def _change(module: nn.Module, s: Selection, hook: Callable[[Tensor], Tensor], fired: dict[str, int]) -> Any:
+    def changed(a: Any) -> Tensor:
+        fired[str(s)] += 1
+        if not isinstance(a, Tensor):
+            raise InputError(f"{s}: gives {type(a).__name__}, expected a tensor; choose a module inside it")
+        new = hook(a)
+        if not isinstance(new, Tensor) or new.shape != a.shape or new.dtype != a.dtype:
+            given = f"{new.dtype} {tuple(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
+            raise InputError(f"{s}: its hook gives {given}, expected {a.dtype} {tuple(a.shape)}")
+        return new
+
+    if s.side == "input":
+        return module.register_forward_pre_hook(lambda _module, args: (changed(args[0]), *args[1:]))
+    return module.register_forward_hook(lambda _module, _args, out: changed(out))
+
+
+def patch(module: nn.Module, x_base: Any, patches: Mapping[str, Any], *, reference: Any = None, seed: int = 0) -> Any:
+    """The module's output for x_base with the chosen units of all these sites patched jointly, in one run.
+
+    patches: spec -> what the units become: a Cache of another run, activations (N, ...) or (...) of the whole site, or
+    "zero", "mean", "mean-positional", "resample", "noise" over `reference`, inputs like x_base ("resample": each
+    sample takes another reference's). InputError for shapes that do not fit, unknown names and sites not reached.
+    """
+    args, rows = inputs_of(x_base)
+    hooks: dict[str, Callable[[Tensor], Tensor]] = {}
+    counts: dict[str, int] = {}
+    for spec, value in patches.items():
+        for s in resolve(module, spec):
+            site = str(Selection(s.site, s.side))
+            if site in hooks:
+                previous = hooks[site]
+                new = _replacing(module, s, value, rows, reference, seed, counts)
+                hooks[site] = lambda a, previous=previous, new=new: new(previous(a))
+            else:
+                hooks[site] = _replacing(module, s, value, rows, reference, seed, counts)
+    if not hooks:
+        raise InputError("patches: expected at least one site")
+    y = run_with_hooks(module, x_base, hooks)
+    for name, times in counts.items():
+        if times > 1:
+            raise InputError(f"{name}: runs {times} times in one pass; choose a module that runs once")
+    return y
+
+
+def _replacing(
+    module: nn.Module, s: Selection, value: Any, rows: int, reference: Any, seed: int, counts: dict[str, int]
+) -> Callable[[Tensor], Tensor]:
+    site = str(Selection(s.site, s.side))
+
+    def hook(a: Tensor) -> Tensor:
+        counts[str(s)] = counts.get(str(s), 0) + 1
+        mask = s.mask(a.shape[1:]).view(a.shape[1:]).to(a.device)
+        if isinstance(value, str):
+            source = ablated(value, a, None if reference is None else _reference(module, s, reference), seed)
+        else:
+            source = value.get(site) if isinstance(value, Mapping) else value
+            if source is None:
+                raise InputError(f"{s}: the cache holds no {site}; run_with_cache(..., sites=[{site!r}])")
+            if not isinstance(source, Tensor) or source.shape not in (a.shape, a.shape[1:]):
+                given = tuple(source.shape) if isinstance(source, Tensor) else type(source).__name__
+                raise InputError(f"{s}: the source has shape {given}, the base {tuple(a.shape)}")
+        return torch.where(mask, source.to(a), a)
+
+    return hook
+
+
+def _reference(module: nn.Module, s: Selection, reference: Any) -> Tensor:
+    site = str(Selection(s.site, s.side))
+    return run_with_cache(module, reference, [site])[1][site]
+
+
+def ablated(how: str, a: Tensor, reference: Tensor | None, seed: int) -> Tensor:
+    """What replaces activations a (N, ...): zero; the reference's mean of each channel or of each element
+    ("mean-positional"); the activations of other reference samples; noise of the reference's mean and sd by element."""
+    if how not in ABLATIONS:
+        raise InputError(f"ablation: {how!r} is unknown; known: {', '.join(ABLATIONS)}")
+    if how == "zero":
+        return torch.zeros_like(a)
+    if reference is None:
+        raise InputError(f"ablation: {how!r} needs reference=, inputs whose activations are used")
+    if reference.shape[1:] != a.shape[1:]:
+        raise InputError(f"reference: gives {tuple(reference.shape[1:])} at the site, the base {tuple(a.shape[1:])}")
+    if how == "mean":
+        places = [axis for axis in range(reference.ndim) if axis != _channel_axis(reference)]
+        return reference.mean(places, keepdim=True).expand(a.shape)
+    if how == "mean-positional":
+        return reference.mean(0, keepdim=True).expand(a.shape)
+    generator = torch.Generator().manual_seed(seed)
+    if how == "resample":
+        picks = torch.randint(len(reference), (len(a),), generator=generator)
+        return reference[picks.to(reference.device)]
+    noise = torch.randn(a.shape, generator=generator, dtype=torch.float64).to(a)
+    return reference.mean(0) + noise * reference.std(0, correction=0)
+
+
+def _channel_axis(a: Tensor) -> int:
+    return a.ndim - 1 if a.ndim == 3 else 1
+
+
+def device_of(args: tuple) -> torch.device:
+    return next(a.device for a in args if isinstance(a, Tensor))

@@ -25,13 +25,16 @@ from .effect_reduction import finish
 TRANSPOSED, LAYER = 1, 8  # of a layout, see the reference
 IDENTITY, RELU, LEAKY_RELU, ELU, SIGMOID, TANH, SILU = (tl.constexpr(n) for n in range(7))  # activations
 SUMS = {"ABSOLUTE": (0, 4), "SQUARE": (1, 2), "PLAIN": (5,), "RAW": (3,)}  # the effects that need each sum
-# Memory of a call, in bytes; together below 64 MiB. Larger tiles save launches, smaller ones stay in cache.
+# Memory of a call, in bytes; together below 64 MiB. Larger tiles save launches, smaller ones stay in cache. Within a
+# tile, 32 bits count every element.
 TILE_BYTES = 34 << 20  # activations and sums over runs
 BASE_BYTES = 6 << 20  # outputs of the samples themselves
 TAP_BYTES = 20 << 20  # products of pixels with taps
 ROWS = 1 << 16  # of a tile, at most
 WIDEST_RUN = 128
 PROGRAMS = 512  # that share the rows of the last layer: several for each multiprocessor of any GPU
+BIG_BLOCKS = True  # in the interpreter, which is slow by the program
+WORTH_CAPTURING = 8  # tiles alike
 MOST_CHANNELS = 128  # between the last two layers, for one program to do both
 
 
@@ -132,15 +135,14 @@ def _add_effects(
 # --- dense layers ----------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["start", "sample", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _first_kernel(
     pre,  # (samples, N) pre-activations of the samples themselves
     columns,  # (L, N)
     latents,  # (J, K)
     shifts,  # (B, J, K)
     out,  # (rows, N)
-    start,  # the first row, of B J
-    sample,  # the first sample of pre
+    place,  # (2): the first row, of B J, and the first sample of pre; in memory, so that a captured launch moves on
     rows,
     J,
     K,
@@ -155,8 +157,8 @@ def _first_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = r < rows
     inside = valid[:, None] & (n < N)[None, :]
-    row = r.to(tl.int64) + start
-    of = row // J - sample
+    row = r.to(tl.int64) + tl.load(place)
+    of = (row // J - tl.load(place + 1)).to(tl.int32)
     j = row % J
     x = tl.load(pre + of[:, None] * N + n[None, :], mask=inside, other=0.0)
     for k in range(0, K):
@@ -164,7 +166,7 @@ def _first_kernel(
         shift = tl.load(shifts + row * K + k, mask=valid, other=0.0)
         x += shift[:, None] * tl.load(columns + latent[:, None] * N + n[None, :], mask=inside, other=0.0)
     x = _rounded(_activate(x, slope, ACTIVATION), DROPPED)
-    tl.store(out + r.to(tl.int64)[:, None] * N + n[None, :], x.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + r[:, None] * N + n[None, :], x.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -184,8 +186,8 @@ def _product(
 ):
     """x @ w.T for rows r and columns n."""
     total = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
-    x += r.to(tl.int64)[:, None] * D
-    w += n.to(tl.int64)[None, :] * D
+    x += r[:, None] * D
+    w += n[None, :] * D
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
         xs = _load(x + d[None, :], (r < rows)[:, None] & (d < D)[None, :], UPCAST)
@@ -220,10 +222,10 @@ def _dense_kernel(
     total += tl.load(bias + n, mask=n < N, other=0.0)[None, :]
     total = _rounded(_activate(total, slope, ACTIVATION), DROPPED)
     inside = (r < rows)[:, None] & (n < N)[None, :]
-    tl.store(out + r.to(tl.int64)[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + r[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["start", "sample", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _dense_tail_kernel(
     x,  # (rows, D)
     w,  # (P, D), sorted by group
@@ -232,8 +234,7 @@ def _dense_tail_kernel(
     base,  # (samples, P) after the link
     raw,  # (samples, P) before it
     sums,  # (sums, rows, runs)
-    start,
-    sample,
+    place,
     rows,
     J,
     P,
@@ -259,14 +260,14 @@ def _dense_tail_kernel(
     kept = None
     if keep is not None:
         kept = tl.load(keep + p, mask=p < P, other=0) != 0
-    of = (r.to(tl.int64) + start) // J - sample
+    of = ((r.to(tl.int64) + tl.load(place)) // J - tl.load(place + 1)).to(tl.int32)
     runs = P // WIDTH
     run = block * (BLOCK_N // WIDTH) + tl.arange(0, BLOCK_N // WIDTH)
     at = of[:, None] * P + p[None, :]
     valid = (r < rows)[:, None] & (p < P)[None, :]
-    into = sums + r.to(tl.int64)[:, None] * runs + run[None, :]
+    into = sums + r[:, None] * runs + run[None, :]
     inside = (r < rows)[:, None] & (run < runs)[None, :]
-    stride = tl.cast(rows, tl.int64) * runs
+    stride = rows * runs
     _add_effects(total, at, base, raw, valid, kept, into, stride, inside, LINKED, ABSOLUTE, SQUARE, PLAIN, RAW, WIDTH)
 
 
@@ -408,10 +409,10 @@ def _transposed_kernel(
     valid = valid & (y < out_height) & (z < out_width)
     at = (row * out_height + y) * out_width + z
     inside = valid[:, None] & (n < N)[None, :]
-    tl.store(out + at.to(tl.int64)[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["start", "sample", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _transposed_tail_kernel(
     x,  # (rows, height, width, C)
     w,  # (KH, KW, N, C) of the layer before the last, or None: x is what enters the last
@@ -425,8 +426,7 @@ def _transposed_tail_kernel(
     raw,
     sums,  # (sums, rows, runs), or None
     out,  # (rows, P) if there are no sums: the outputs themselves
-    start,
-    sample,
+    place,
     rows,
     J,
     P,
@@ -530,28 +530,28 @@ def _transposed_tail_kernel(
         own = tl.arange(0, ROWS)
         r = first + own
         in_rows = (r < rows)[:, None]
-        of = (r.to(tl.int64) + start) // J - sample
         for p0 in range(0, P, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
             total = tl.zeros([ROWS, BLOCK_P], tl.float32)
             for k in tl.static_range(PLACES):
-                place = tl.load(places + k * P + p, mask=p < P, other=-1)
-                there = (place >= 0)[None, :] & in_rows
-                total += tl.load(memory + own[:, None] * (T * pixels) + place[None, :], mask=there, other=0.0)
+                held = tl.load(places + k * P + p, mask=p < P, other=-1)
+                there = (held >= 0)[None, :] & in_rows
+                total += tl.load(memory + own[:, None] * (T * pixels) + held[None, :], mask=there, other=0.0)
             total += tl.load(end_bias + p, mask=p < P, other=0.0)[None, :]
             valid = in_rows & (p < P)[None, :]
             if sums is None:
                 if LINKED:
                     total = _sigmoid(total)
-                tl.store(out + r.to(tl.int64)[:, None] * P + p[None, :], total, mask=valid)
+                tl.store(out + r[:, None] * P + p[None, :], total, mask=valid)
             else:
                 kept = None
                 if keep is not None:
                     kept = tl.load(keep + p, mask=p < P, other=0) != 0
+                of = ((r.to(tl.int64) + tl.load(place)) // J - tl.load(place + 1)).to(tl.int32)
                 run = p0 // WIDTH + tl.arange(0, BLOCK_P // WIDTH)
                 at = of[:, None] * P + p[None, :]
-                into = sums + r.to(tl.int64)[:, None] * runs + run[None, :]
-                stride = tl.cast(rows, tl.int64) * runs
+                into = sums + r[:, None] * runs + run[None, :]
+                stride = rows * runs
                 inside = in_rows & (run < runs)[None, :]
                 _add_effects(
                     total, at, base, raw, valid, kept, into, stride, inside, LINKED, ABSOLUTE, SQUARE, PLAIN, RAW, WIDTH
@@ -562,13 +562,13 @@ def _transposed_tail_kernel(
 # --- what follows the last layer -------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["start", "rows"])
+@triton.jit(do_not_specialize=["rows"])
 def _runs_kernel(
     sums,  # (sums, rows, runs)
     offsets,  # (G + 1) of elements
     run_offsets,  # (G + 1) of runs
     out,  # (B J, E, G)
-    start,
+    place,
     rows,
     runs,
     E,
@@ -594,7 +594,7 @@ def _runs_kernel(
     begin = tl.load(run_offsets + g, mask=valid, other=0)
     count = tl.load(run_offsets + g + 1, mask=valid, other=0) - begin
     sums += row * runs + begin
-    stride = tl.cast(rows, tl.int64) * runs
+    stride = rows * runs
     absolute = tl.zeros([BLOCK], tl.float32)
     square = tl.zeros([BLOCK], tl.float32)
     plain = tl.zeros([BLOCK], tl.float32)
@@ -614,7 +614,7 @@ def _runs_kernel(
             here += stride
         if RAW:
             raw += tl.sum(tl.load(here, mask=inside, other=0.0), 1)
-    into = out + (row + start) * E * G + g
+    into = out + (row + tl.load(place)) * E * G + g
     tl.store(into, finish(kind0, absolute, square, plain, raw, n), mask=valid)
     if kind1 >= 0:
         tl.store(into + G, finish(kind1, absolute, square, plain, raw, n), mask=valid)
@@ -641,7 +641,7 @@ def _softmax_kernel(
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     begin = tl.load(spans + tl.program_id(1))
     end = tl.load(spans + tl.program_id(1) + 1)
-    row = r.to(tl.int64)[:, None] * P
+    row = r[:, None] * P
     largest = tl.full([BLOCK_R], float("-inf"), tl.float32)
     for first in range(begin, end, BLOCK_S):
         p = first + tl.arange(0, BLOCK_S)
@@ -679,6 +679,7 @@ class _Arithmetic:
 
     def __init__(self, precision: int, gpu: bool):
         self.gpu, self.precision = gpu, precision
+        self.big = BIG_BLOCKS and not gpu
         self.dtype = torch.bfloat16 if precision == 2 else torch.float32
         # A GPU rounds to bfloat16 when it converts.
         dropped = (0, 13, 0 if gpu else 16)[precision]
@@ -697,7 +698,7 @@ class _Arithmetic:
     def blocks(self, rows: int, columns: int, depth: int, names: str, exact: bool = False) -> dict[str, int]:
         """Blocks of rows x columns, a product over `depth`; `names` are those of the three. Few, big ones where they
         are interpreted."""
-        if not self.gpu:
+        if self.big:
             sizes, options = (min(256, _power(rows)), min(1024, _power(columns)), min(512, _power(depth))), {}
         elif exact or self.precision == 0:
             sizes = (64, min(64, _power(columns)), 16)
@@ -749,26 +750,22 @@ class _Front:
         dtype = self.arithmetic.dtype if self.count else torch.float32
         self.memory = [torch.empty(self.rows * width, dtype=dtype, device=self.first.device) for width in self.widths]
 
-    def pre(self, z):
-        """Pre-activations (B, N) of the first layer, exact."""
-        out = torch.empty(len(z), len(self.first), device=z.device)
-        if len(z):
-            _product_of(
-                self.arithmetic, z, self.first, self.biases[0], out, IDENTITY.value, 0.0, exact=True, operand=False
-            )
-        return out
+    def pre(self, z, out):
+        """Writes pre-activations (B, N) of the first layer, exact."""
+        arguments = (z, self.first, self.biases[0], out, IDENTITY.value, 0.0)
+        _product_of(self.arithmetic, *arguments, exact=True, operand=False)
 
-    def run(self, pre, latents, shifts, start, sample, rows):
-        """What enters the tail for `rows` rows from `start` on: (rows, ...), in memory that the next call reuses."""
+    def run(self, pre, latents, shifts, place, rows):
+        """What enters the tail for `rows` rows from `place` on: (rows, ...), in memory that the next call reuses."""
         J, K = latents.shape
         N = len(self.first)
         # The one layer of a linear decoder is not an operand of anything.
         rounded = self.arithmetic.rounded if self.count else {"DROPPED": 0}
         h = self._place(0, rows)
         block_n = min(256, _power(N))
-        block_r = 16 if self.arithmetic.gpu else min(256, _power(rows))
+        block_r = min(256, _power(rows)) if self.arithmetic.big else 16
         _first_kernel[(triton.cdiv(rows, block_r), triton.cdiv(N, block_n))](
-            *(pre, self.columns, latents, shifts, h, start, sample, rows, J, K, N, self.slopes[0]),
+            *(pre, self.columns, latents, shifts, h, place, rows, J, K, N, self.slopes[0]),
             ACTIVATION=self.layers[0][1],
             **rounded,
             BLOCK_R=block_r,
@@ -875,15 +872,15 @@ class _DenseTail:
         activation = SIGMOID.value if linked else IDENTITY.value
         _product_of(self.arithmetic, h.flatten(1), self.weight, self.bias, out, activation, 0.0, operand=False)
 
-    def effects(self, h, elements, base, raw, sums, start, sample, J, flags):
+    def effects(self, h, elements, base, raw, sums, place, J, flags):
         """Writes sums over runs."""
         rows, depth = h.shape
         blocks = self.arithmetic.blocks(rows, max(elements.count, elements.width), depth, "RND")
-        if self.arithmetic.gpu and sum(flags[name] for name in SUMS) > 1:
+        if not self.arithmetic.big and sum(flags[name] for name in SUMS) > 1:
             blocks["BLOCK_N"] = min(blocks["BLOCK_N"], 64)  # or registers spill
         blocks["BLOCK_N"] = max(blocks["BLOCK_N"], elements.width)
         _dense_tail_kernel[(triton.cdiv(rows, blocks["BLOCK_R"]) * triton.cdiv(elements.count, blocks["BLOCK_N"]),)](
-            *(h, self.weight, self.bias, elements.keep, base, raw, sums, start, sample, rows, J, elements.count, depth),
+            *(h, self.weight, self.bias, elements.keep, base, raw, sums, place, rows, J, elements.count, depth),
             **flags,
             WIDTH=elements.width,
             **self.arithmetic.product,
@@ -895,7 +892,7 @@ class _TransposedTail:
     """The last layer, a transposed convolution, with the one before it if one program does both."""
 
     def __init__(self, front, bias, shape, order):
-        self.front, self.slope = front, front.slopes[-2]
+        self.front, self.slope, self.memory = front, front.slopes[-2], None
         layer = front.layers[-1]
         kernel = front.last.permute(2, 3, 1, 0)  # (KH, KW, outputs, C)
         self.taps = front.arithmetic.operand(kernel.flatten(0, 2))
@@ -924,13 +921,13 @@ class _TransposedTail:
     def outputs(self, h, out, linked):
         """Writes outputs or logits (rows, P)."""
         flags = {"LINKED": linked, **dict.fromkeys(SUMS, False)}
-        self._launch(h, None, None, None, None, out, 0, 0, 1, flags, 1)
+        self._launch(h, None, None, None, None, out, None, 1, flags, 1)
 
-    def effects(self, h, elements, base, raw, sums, start, sample, J, flags):
+    def effects(self, h, elements, base, raw, sums, place, J, flags):
         """Writes sums over runs."""
-        self._launch(h, elements.keep, base, raw, sums, None, start, sample, J, flags, elements.width)
+        self._launch(h, elements.keep, base, raw, sums, None, place, J, flags, elements.width)
 
-    def _launch(self, h, keep, base, raw, sums, out, start, sample, J, flags, run):
+    def _launch(self, h, keep, base, raw, sums, out, place, J, flags, run):
         front, rows = self.front, len(h)
         arithmetic, pair = front.arithmetic, front.pair
         weight, bias = (front.weights[front.count], front.biases[-2]) if pair else (None, None)
@@ -939,7 +936,7 @@ class _TransposedTail:
         between = self.taps.shape[1]
         blocks = arithmetic.blocks(ROWS, between if pair else 16, channels, "MNC")
         blocks["BLOCK_N"] = max(16, _power(between)) if pair else 16
-        if arithmetic.gpu and arithmetic.precision == 0:
+        if not arithmetic.big and arithmetic.precision == 0:
             blocks |= {"num_warps": 8, "maxnreg": 160 if pair else 200}  # or the compiler spills
         own = 4 * len(self.taps) * self.pixels
         q = self.down * self.across
@@ -947,12 +944,14 @@ class _TransposedTail:
         at_once = 1 << at_once.bit_length() - 1
         chunks = triton.cdiv(rows, at_once)
         programs = max(1, min(PROGRAMS, TAP_BYTES // (own * at_once), chunks))
-        memory = torch.empty(programs * at_once * own // 4, device=h.device)
+        size = programs * at_once * own // 4
+        if self.memory is None or self.memory.numel() < size:
+            self.memory = torch.empty(size, device=h.device)
         blocks["BLOCK_M"] = max(16, min(blocks["BLOCK_M"], _power(q * at_once)))
         P = self.places.shape[1]
         _transposed_tail_kernel[(programs,)](
-            *(h, weight, bias, self.taps, self.places, self.bias, keep, memory, base, raw, sums, out),
-            *(start, sample, rows, J, P, height, width, self.down, self.across, channels, between, len(self.taps)),
+            *(h, weight, bias, self.taps, self.places, self.bias, keep, self.memory, base, raw, sums, out),
+            *(place, rows, J, P, height, width, self.down, self.across, channels, between, len(self.taps)),
             self.slope,
             **{"PH": 0, "PW": 0, **geometry},
             PLACES=len(self.places),
@@ -963,10 +962,8 @@ class _TransposedTail:
             **arithmetic.product,
             ROWS=at_once,
             **blocks,
-            BLOCK_T=max(
-                16, min(_power(len(self.taps)), (64 if arithmetic.precision else 16) if arithmetic.gpu else 512)
-            ),
-            BLOCK_P=max(run, min(_power(P), 1024 // at_once if arithmetic.gpu else 4096)),
+            BLOCK_T=max(16, min(_power(len(self.taps)), 512 if arithmetic.big else 64 if arithmetic.precision else 16)),
+            BLOCK_P=max(run, min(_power(P), 4096 if arithmetic.big else 1024 // at_once)),
         )
 
 
@@ -1031,30 +1028,74 @@ def forward(
     front.prepare(samples * J)
     base, raw = (torch.empty(samples, elements.count, device=z.device) if needed else None for needed in kept)
     sums = torch.empty(n_sums * front.rows * elements.runs, device=z.device)
+    pre = torch.empty(samples, len(front.first), device=z.device)
+    place = torch.zeros(2, dtype=torch.int64, device=z.device)
+    zero = torch.zeros_like(place)
+
+    def tile(rows: int) -> None:
+        h = front.run(pre, latents, shifts, place, rows)
+        tail.effects(h, elements, base, raw, sums, place, J, flags)
+        _add_up(sums, elements, offsets, out, place, rows, kinds, flags)
+        place.narrow(0, 0, 1).add_(rows)
+
+    full = _Repeated(lambda: tile(front.rows), z.is_cuda)
     for sample in range(0, B, samples):
         n = min(samples, B - sample)
-        pre = front.pre(z[sample : sample + n])
+        front.pre(z[sample : sample + n], pre)
         for first in range(0, n, front.rows):
             rows = min(front.rows, n - first)
-            h = front.run(pre, latents[:1, :0], shifts, first, 0, rows)
+            h = front.run(pre.narrow(0, first, rows), latents[:1, :0], shifts, zero, rows)
             for memory, linked in ((base, flags["LINKED"]), (raw, False)):
                 if memory is not None:
-                    tail.outputs(h, memory[first : first + rows], linked)
-        for start in range(sample * J, (sample + n) * J, front.rows):
-            rows = min(front.rows, (sample + n) * J - start)
-            h = front.run(pre, latents, shifts, start, sample, rows)
-            tail.effects(h, elements, base, raw, sums, start, sample, J, flags)
-            _add_up(sums, elements, offsets, out, start, rows, kinds, flags)
+                    tail.outputs(h, memory.narrow(0, first, rows), linked)
+        place.copy_(torch.tensor([sample * J, sample]))
+        full(n * J // front.rows)
+        if n * J % front.rows:
+            tile(n * J % front.rows)
     return out
 
 
-def _add_up(sums, elements, offsets, out, start, rows, kinds, flags):
+class _Repeated:
+    """A call that is made many times alike. A GPU captures it once and replays it: Python would launch the kernels of a
+    tile in more time than they run."""
+
+    def __init__(self, call, gpu: bool):
+        self.call, self.graph, self.tries = call, None, gpu
+
+    def __call__(self, times: int) -> None:
+        for left in range(times, 0, -1):
+            if self.graph is not None:
+                self.graph.replay()
+                continue
+            self.call()
+            if self.tries and left > WORTH_CAPTURING:
+                self.tries = False
+                self.graph = self._captured()
+
+    def _captured(self):
+        """The graph of one call, which is compiled and has its memory by now; None where the driver refuses."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self.call()
+                finally:
+                    graph.capture_end()
+        except RuntimeError:
+            return None
+        torch.cuda.current_stream().wait_stream(stream)
+        return graph
+
+
+def _add_up(sums, elements, offsets, out, place, rows, kinds, flags):
     """Sums over runs to the effects of groups."""
     groups = offsets.numel() - 1
     block_t = min(64, _power(-(-elements.runs // groups)))
-    block = max(1, (1024 if sums.is_cuda else 1 << 15) // block_t)
+    block = max(1, (1 << 15 if BIG_BLOCKS and not sums.is_cuda else 1024) // block_t)
     _runs_kernel[(triton.cdiv(rows * groups, block),)](
-        *(sums, offsets, elements.run_offsets, out, start, rows, elements.runs, len(kinds), groups),
+        *(sums, offsets, elements.run_offsets, out, place, rows, elements.runs, len(kinds), groups),
         *(*kinds, *[-1] * (6 - len(kinds))),
         **{name: flags[name] for name in SUMS},
         BLOCK=block,
@@ -1066,7 +1107,7 @@ def _softmax(logits, spans, longest, out):
     """Writes softmax over each span, none longer than `longest`, of logits (rows, P)."""
     rows, P = logits.shape
     block_s = min(1024, _power(longest))
-    block_r = max(1, (2048 if logits.is_cuda else 1 << 15) // block_s)
+    block_r = max(1, (1 << 15 if BIG_BLOCKS and not logits.is_cuda else 2048) // block_s)
     _softmax_kernel[(triton.cdiv(rows, block_r), len(spans) - 1)](
         *(logits, spans, out, rows, P), BLOCK_R=block_r, BLOCK_S=block_s
     )
@@ -1111,9 +1152,9 @@ def _formed(
     spans = spans.to(z.device)
     memory = [torch.empty(front.rows, P, device=z.device) for _ in range((tail is not None) + softmax)]
 
-    def outputs(pre, latents, start, sample, rows):
+    def outputs(pre, latents, place, rows):
         """Logits and outputs (rows, P), in memory that the next call overwrites."""
-        h = front.run(pre, latents, shifts, start, sample, rows)
+        h = front.run(pre, latents, shifts, torch.tensor(place, device=z.device), rows)
         logits = h
         if tail is not None:
             logits = memory[0][:rows]
@@ -1126,12 +1167,13 @@ def _formed(
 
     for sample in range(0, B, samples):
         n = min(samples, B - sample)
-        pre = front.pre(z[sample : sample + n])
-        x0, y0 = (t.clone() for t in outputs(pre, latents[:1, :0], 0, 0, n))
+        pre = torch.empty(n, len(front.first), device=z.device)
+        front.pre(z[sample : sample + n], pre)
+        x0, y0 = (t.clone() for t in outputs(pre, latents[:1, :0], (0, 0), n))
         for first in range(0, J, front.rows):
             count = min(front.rows, J - first)  # of all interventions where there is more than one sample
-            start = sample * J + first
-            x, y = (t.view(n, count, P) for t in outputs(pre, latents, start, sample, n * count))
+            place = (sample * J + first, sample)
+            x, y = (t.view(n, count, P) for t in outputs(pre, latents, place, n * count))
             if not softmax:
                 found = effect_reduction.forward(x0, x, labels, order, offsets, kinds, link, False)
                 out[sample : sample + n, first : first + count] = found
@@ -1178,22 +1220,25 @@ def _launches(layers, sides, P, kinds, link, precision, width, what):
     elements.run_offsets = _on_gpu(65, dtype=torch.int32)
     front = _Front(weights, biases, layout, slopes, shape, arithmetic, 4 * elements.runs)
     front.prepare(B * J)
-    base, sums = _on_gpu(B, P), _on_gpu(4 * front.rows * elements.runs)
+    place, base = _on_gpu(2, dtype=torch.int64), _on_gpu(B, P)
+    sums = _on_gpu(4 * front.rows * elements.runs)
     h = [front._place(n, front.rows) for n in range(front.count)]
     if what == "first":
         front.count = 1
-        front.run(front.pre(_on_gpu(B, 10)), _on_gpu(J, 2, dtype=torch.int64), _on_gpu(B, J, 2), 0, 0, front.rows)
+        pre = _on_gpu(B, len(front.first))
+        front.pre(_on_gpu(B, 10), pre)
+        front.run(pre, _on_gpu(J, 2, dtype=torch.int64), _on_gpu(B, J, 2), place, front.rows)
     elif what == "between":
         for n in range(1, front.count):
             front.layer(n, h[n - 1], h[n])
     elif what == "runs":
         offsets, out = _on_gpu(65, dtype=torch.int32), _on_gpu(B, J, len(kinds), 64)
-        _add_up(sums, elements, offsets, out, 0, front.rows, kinds, flags)
+        _add_up(sums, elements, offsets, out, place, front.rows, kinds, flags)
     else:
         tail = _TransposedTail(front, biases[-1], shape, elements.order) if sides else None
         tail = tail or _DenseTail(front, weights[-1], biases[-1], elements.order)
         tail.outputs(h[-1], base, flags["LINKED"])
-        tail.effects(h[-1], elements, base, base, sums, 0, 0, J, flags)
+        tail.effects(h[-1], elements, base, base, sums, place, J, flags)
 
 
 def _dense(*rest):

@@ -264,10 +264,79 @@ def test_tiles(backend, case, monkeypatch):
 
 
 @on_triton
+@pytest.mark.parametrize("refused", [False, True])
+def test_tiles_replayed(backend, refused, monkeypatch):
+    """What a captured graph does where there is none to capture: the same launches again, none of them made anew. And
+    where the driver refuses to capture, every tile is launched."""
+    replayed = []
+
+    class Graph:
+        def __init__(self, call):
+            self.call = call
+
+        def replay(self):
+            replayed.append(self)
+            self.call()
+
+    original = kernels._Repeated.__init__
+    monkeypatch.setattr(kernels._Repeated, "__init__", lambda self, call, gpu: original(self, call, True))
+    monkeypatch.setattr(kernels._Repeated, "_captured", lambda self: None if refused else Graph(self.call))
+    monkeypatch.setattr(kernels, "WORTH_CAPTURING", 2)
+    monkeypatch.setattr(kernels, "TILE_BYTES", 1 << 10)
+    monkeypatch.setattr(kernels, "BASE_BYTES", 3 << 10)
+    network, groups = CASES["dense, any labels"]
+    check(backend, network, groups, problem(5, 9), ("l1",))
+    assert bool(replayed) is not refused and len(set(replayed)) <= 1
+
+
+@on_triton
 def test_layers_that_one_program_cannot_join(backend, monkeypatch):
     network, groups = CASES["two convolutions, cells"]
     monkeypatch.setattr(kernels, "MOST_CHANNELS", 2)
     check(backend, network, groups, problem())
+
+
+LARGER = {
+    "dense": Network((dense(L, 70), dense(70, 130), last(dense(130, 300))), link="sigmoid"),
+    "softmax": Network((dense(L, 70), last(dense(70, 300))), link="softmax", spans=(130, 2, 168)),
+    "convolutions": Network(
+        (
+            dense(L, 70 * 4 * 3),
+            transposed(70, 140, (2, 2), stride=(2, 1)),
+            transposed(140, 36, (3, 4), stride=(1, 2)),
+            last(transposed(36, 7, (4, 4), **HALVES)),
+        ),
+        grid=(70, 4, 3),
+        link="sigmoid",
+    ),
+}
+
+
+@on_triton
+@pytest.mark.parametrize(
+    ("net", "precision"),
+    [
+        *itertools.product(("dense", "softmax"), ("float32", "bf16")),
+        ("convolutions", "bf16"),
+        pytest.param("convolutions", "float32", marks=pytest.mark.deep),
+    ],
+)
+def test_blocks_of_a_gpu(backend, net, precision, monkeypatch):
+    """Several blocks along every axis of every product: rows, outputs, depth, taps, runs."""
+    monkeypatch.setattr(kernels, "BIG_BLOCKS", False)
+    network = LARGER[net]
+    arguments = problem(2, 3 if (net, precision) == ("convolutions", "float32") else 70)
+    if precision != "float32":  # so that no first activation is near the middle between two operands
+        first = network.layers[0]
+        first = replace(first, weight=(first.weight * 16).round() / 16, bias=None)
+        network = replace(network, layers=(first, *network.layers[1:]))
+        arguments = tuple((t * 8).round() / 8 if t.is_floating_point() else t for t in arguments)
+        if net == "dense":  # a second layer's sums round differently
+            network = replace(network, layers=(first, last(dense(70, 300))))
+        elif net == "convolutions":
+            network = replace(network, layers=(first, last(transposed(70, 7, (4, 4), **HALVES))))
+    elements = math.prod(network.shapes()[-1])
+    check(backend, network, any_labels(elements, 9), arguments, kinds_of(network)[:3], precision)
 
 
 @on_triton
@@ -347,8 +416,8 @@ def test_no_shift_no_effect(backend):
         z, latents, shifts = (t.to(backend.device) for t in problem())
         net = cast(network, torch.float32, backend.device)
         got = vf.ops.latent_sweep(z, latents, 0 * shifts, net, "l1", groups=groups).cpu()
-        # The interpreter's products of few rows and of many may differ by a rounding; a GPU's do not.
-        limit = 64 * torch.finfo(torch.float32).eps if backend.interpreted else 0.0
+        # products of few rows and of many may differ by a rounding
+        limit = 64 * torch.finfo(torch.float32).eps
         assert got.abs().max() <= limit, case
 
 

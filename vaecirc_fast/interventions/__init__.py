@@ -1,26 +1,40 @@
-"""Interventions on any module: sites, input manipulation, latent sweeps."""
+"""Interventions on any module: sites, input manipulation, latent sweeps, activation patching."""
 
 from .codes import Codes, code_sweep
 from .effects import Effects
 from .inputs import InputEffects, factor_pairs, input_effects, mask_region, noise_region, redraw_columns
 from .interactions import Interactions, latent_interactions
 from .latents import latent_sweep, posterior_scale
+from .linearised import Linearised, linearised
+from .patch_sweeps import PatchEffects, ablate, patch_sweep
+from .patching import Cache, patch, run_with_cache, run_with_hooks
 from .sites import Wrapped, wrap
+from .strength import effect_strength
 
 __all__ = [
+    "Cache",
     "Codes",
     "Effects",
     "InputEffects",
     "Interactions",
+    "Linearised",
+    "PatchEffects",
     "Wrapped",
+    "ablate",
     "code_sweep",
+    "effect_strength",
     "factor_pairs",
     "input_effects",
     "latent_interactions",
     "latent_sweep",
+    "linearised",
     "mask_region",
     "noise_region",
+    "patch",
+    "patch_sweep",
     "posterior_scale",
     "redraw_columns",
+    "run_with_cache",
+    "run_with_hooks",
     "wrap",
 ]

@@ -16,7 +16,7 @@ from ..groups import Groups, channels, from_labels
 from ..metrics.causal import REPLICATES
 from ..metrics.statistics import resampled_interval, resampling_weights
 from ..ops import effect_reduction
-from .sites import matching_sites
+from .selection import matching_sites
 
 if TYPE_CHECKING:
     import pandas

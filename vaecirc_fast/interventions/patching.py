@@ -155,52 +155,54 @@ def patch(module: nn.Module, x_base: Any, patches: Mapping[str, Any], *, referen
     "zero", "mean", "mean-positional", "resample", "noise" over `reference`, inputs like x_base ("resample": each
     sample takes another reference's). InputError for shapes that do not fit, unknown names and sites not reached.
     """
-    args, rows = inputs_of(x_base)
-    hooks: dict[str, Callable[[Tensor], Tensor]] = {}
-    counts: dict[str, int] = {}
-    for spec, value in patches.items():
-        for s in resolve(module, spec):
-            site = str(Selection(s.site, s.side))
-            if site in hooks:
-                previous = hooks[site]
-                new = _replacing(module, s, value, rows, reference, seed, counts)
-                hooks[site] = lambda a, previous=previous, new=new: new(previous(a))
-            else:
-                hooks[site] = _replacing(module, s, value, rows, reference, seed, counts)
-    if not hooks:
+    inputs_of(x_base)
+    chosen = [(s, value) for spec, value in patches.items() for s in resolve(module, spec)]
+    if not chosen:
         raise InputError("patches: expected at least one site")
+    references = Cache()
+    if reference is not None:  # before any hook is set, which would fire in this run too
+        wanted = {_site(s) for s, value in chosen if isinstance(value, str) and value != "zero"}
+        references = run_with_cache(module, reference, sorted(wanted))[1] if wanted else references
+    hooks: dict[str, Callable[[Tensor], Tensor]] = {}
+    times: dict[str, int] = {}
+    for s, value in chosen:
+        hooks[_site(s)] = _replacing(s, value, references, seed, times, hooks.get(_site(s)))
     y = run_with_hooks(module, x_base, hooks)
-    for name, times in counts.items():
-        if times > 1:
-            raise InputError(f"{name}: runs {times} times in one pass; choose a module that runs once")
+    for name, count in times.items():
+        if count > 1:
+            raise InputError(f"{name}: runs {count} times in one pass; choose a module that runs once")
     return y
 
 
+def _site(s: Selection) -> str:
+    return str(Selection(s.site, s.side))
+
+
 def _replacing(
-    module: nn.Module, s: Selection, value: Any, rows: int, reference: Any, seed: int, counts: dict[str, int]
+    s: Selection,
+    value: Any,
+    references: Mapping[str, Tensor],
+    seed: int,
+    times: dict[str, int],
+    before: Callable[[Tensor], Tensor] | None,
 ) -> Callable[[Tensor], Tensor]:
-    site = str(Selection(s.site, s.side))
+    """The hook that patches one selection, after an earlier one of the same site."""
 
     def hook(a: Tensor) -> Tensor:
-        counts[str(s)] = counts.get(str(s), 0) + 1
+        times[str(s)] = times.get(str(s), 0) + 1
         mask = s.mask(a.shape[1:]).view(a.shape[1:]).to(a.device)
         if isinstance(value, str):
-            source = ablated(value, a, None if reference is None else _reference(module, s, reference), seed)
+            source = ablated(value, a, references.get(_site(s)), seed)
         else:
-            source = value.get(site) if isinstance(value, Mapping) else value
+            source = value.get(_site(s)) if isinstance(value, Mapping) else value
             if source is None:
-                raise InputError(f"{s}: the cache holds no {site}; run_with_cache(..., sites=[{site!r}])")
+                raise InputError(f"{s}: the cache holds no {_site(s)}; run_with_cache(..., sites=[{_site(s)!r}])")
             if not isinstance(source, Tensor) or source.shape not in (a.shape, a.shape[1:]):
                 given = tuple(source.shape) if isinstance(source, Tensor) else type(source).__name__
                 raise InputError(f"{s}: the source has shape {given}, the base {tuple(a.shape)}")
-        return torch.where(mask, source.to(a), a)
+        return torch.where(mask, source.to(a), a if before is None else before(a))
 
     return hook
-
-
-def _reference(module: nn.Module, s: Selection, reference: Any) -> Tensor:
-    site = str(Selection(s.site, s.side))
-    return run_with_cache(module, reference, [site])[1][site]
 
 
 def ablated(how: str, a: Tensor, reference: Tensor | None, seed: int) -> Tensor:

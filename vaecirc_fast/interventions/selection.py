@@ -6,13 +6,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..groups import Groups, from_labels
-from .sites import matching_sites
 
 UNITS = ("channel", "element", "cell", "token", "head")
 _SPEC = re.compile(r"^(?P<path>[^\[\]]*?)(?:\[(?P<index>[^\[\]]*)\])?$")
@@ -22,24 +22,22 @@ _SPEC = re.compile(r"^(?P<path>[^\[\]]*?)(?:\[(?P<index>[^\[\]]*)\])?$")
 class Selection:
     """Some elements of what a module gives out, or takes in.
 
-    site: its path; side: "output" or "input". index: of the axes after the batch, integers and slices; () for all of
-    it. each: whether the spec asked for every unit by itself, [*].
+    site: its path; side: "output" or "input". index: of the axes after the batch, integers and (start, stop); () for
+    all of it. each: whether the spec asked for every unit by itself, [*].
     """
 
     site: str
     side: str = "output"
-    index: tuple[int | slice, ...] = ()
+    index: tuple[int | tuple[int | None, int | None], ...] = ()
     each: bool = False
 
     def __str__(self) -> str:
         side = "" if self.side == "output" else ".input"
         if self.each:
             return f"{self.site}{side}[*]"
-        parts = []
-        for i in self.index:
-            parts.append(
-                str(i) if isinstance(i, int) else ":".join("" if e is None else str(e) for e in (i.start, i.stop))
-            )
+        parts = [
+            str(i) if isinstance(i, int) else ":".join("" if end is None else str(end) for end in i) for i in self.index
+        ]
         return f"{self.site}{side}" + (f"[{', '.join(parts)}]" if parts else "")
 
     def mask(self, shape: Sequence[int]) -> Tensor:
@@ -50,7 +48,7 @@ class Selection:
             if isinstance(i, int) and not -shape[axis] <= i < shape[axis]:
                 raise InputError(f"{self}: index {i} is out of range, axis {axis} has {shape[axis]}")
         chosen = torch.zeros(*shape, dtype=torch.bool)
-        chosen[self.index] = True
+        chosen[tuple(i if isinstance(i, int) else slice(*i) for i in self.index)] = True
         if not bool(chosen.any()):
             raise InputError(f"{self}: selects nothing of rows of shape {tuple(shape)}")
         return chosen.flatten()
@@ -70,7 +68,7 @@ def parse(spec: str) -> Selection:
         return Selection(path, side)
     if text.strip() == "*":
         return Selection(path, side, each=True)
-    index: list[int | slice] = []
+    index: list[int | tuple[int | None, int | None]] = []
     for part in text.split(","):
         numbers = part.strip().split(":")
         try:
@@ -80,10 +78,20 @@ def parse(spec: str) -> Selection:
         if len(ends) == 1 and ends[0] is not None:
             index.append(ends[0])
         elif len(ends) == 2:
-            index.append(slice(ends[0], ends[1]))
+            index.append((ends[0], ends[1]))
         else:
             raise InputError(f"site: {part.strip()!r} in {spec!r} is no index")
     return Selection(path, side, tuple(index))
+
+
+def matching_sites(module: nn.Module, pattern: str) -> list[str]:
+    """Paths of the submodules that match a shell-style pattern; InputError if none does."""
+    known = [name for name, _ in module.named_modules() if name]
+    found = [name for name in known if fnmatchcase(name, pattern)]
+    if not found:
+        shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+        raise InputError(f"sites: nothing matches {pattern!r}; the module has {shown or 'no submodules'}")
+    return found
 
 
 def is_pattern(spec: str | Selection) -> bool:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from . import patching
+from .patch_sweeps import PatchEffects, ablate, patch_sweep
+from .patching import Cache
+from .selection import matching_sites
 
 if TYPE_CHECKING:
     import pandas
-
-
-def matching_sites(module: nn.Module, pattern: str) -> list[str]:
-    """Paths of the submodules that match a shell-style pattern; InputError if none does."""
-    known = [name for name, _ in module.named_modules() if name]
-    found = [name for name in known if fnmatchcase(name, pattern)]
-    if not found:
-        shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
-        raise InputError(f"sites: nothing matches {pattern!r}; the module has {shown or 'no submodules'}")
-    return found
 
 
 def wrap(module: nn.Module, example: Any = None) -> Wrapped:
@@ -60,6 +54,28 @@ class Wrapped:
             lines.append((name, type(modules[name]).__name__, shape, units, flops))
         table = pandas.DataFrame(lines, columns=["site", "type", "shape", "units", "downstream_flops"])
         return table.astype({"units": "Int64", "downstream_flops": "Int64"})
+
+    def run_with_cache(self, x: Any, sites: Sequence[str] = ("*",)) -> tuple[Any, Cache]:
+        """The output for x and the activations at the sites; see `interventions.run_with_cache`."""
+        return patching.run_with_cache(self.module, x, sites)
+
+    def run_with_hooks(self, x: Any, hooks: Mapping[str, Callable[[Tensor], Tensor]]) -> Any:
+        """The output where each site's activation passes through its hook; see `interventions.run_with_hooks`."""
+        return patching.run_with_hooks(self.module, x, hooks)
+
+    def patch(self, x_base: Any, patches: Mapping[str, Any], *, reference: Any = None, seed: int = 0) -> Any:
+        """The output with the chosen units of all these sites patched jointly; see `interventions.patch`."""
+        return patching.patch(self.module, x_base, patches, reference=reference, seed=seed)
+
+    def patch_sweep(
+        self, x_base: Any = None, x_source: Any = None, sites: Sequence[str] = ("*",), **options: Any
+    ) -> PatchEffects:
+        """The effect of patching every unit of every site by itself; see `interventions.patch_sweep`."""
+        return patch_sweep(self.module, x_base, x_source, sites, **options)
+
+    def ablate(self, x: Any, sites: Sequence[str] = ("*",), **options: Any) -> PatchEffects:
+        """The effect of ablating every unit of every site by itself; see `interventions.ablate`."""
+        return ablate(self.module, x, sites, **options)
 
     def _trace(self, example: Any) -> dict[str, tuple[tuple[int, ...] | None, int]]:
         """Shape and downstream FLOPs of each site that a forward pass on the example reaches, in order of execution."""

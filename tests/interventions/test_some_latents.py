@@ -45,7 +45,8 @@ def test_the_rows_are_those_of_the_whole_sweep(engine, grid, chosen):
     assert torch.allclose(some.step_replicates, whole.step_replicates[:, chosen], rtol=1e-5, atol=1e-7)
     assert some.step_size is None or torch.equal(some.step_size, whole.step_size[chosen])
     if grid == "shifts":
-        assert f"{int((SHIFTS[chosen] == 0).sum())} zero steps not decoded" in some.plan
+        zero = int((SHIFTS[chosen] == 0).sum())
+        assert ("zero steps" in some.plan) == (zero > 0) and (not zero or f"{zero} zero steps not decoded" in some.plan)
     if grid != "traverse" and engine != "gram":
         table = some.ces()
         assert list(table["latent"]) == chosen

@@ -130,8 +130,10 @@ class GenericPath:
         plan = (
             f"generic engine{because}: {call.decodes} decodes in tiles of {call.rows} rows "
             f"({call.recorded.bytes / 1e3:.0f} kB of activations a row), {1e6 * seconds / call.decodes:.1f} us a "
-            f"decode, {int((~self.axes.decoded).sum())} zero steps not decoded"
+            "decode"
         )
+        zero = int((~self.axes.decoded).sum())
+        plan += f", {zero} zero steps not decoded" if zero else ""
         return plan + f", nor {self.unchanged} interventions that change nothing" if self.skip_unchanged else plan
 
 

@@ -118,7 +118,8 @@ class FusedPath:
         if self.head is not None:
             rows, elements = self.groups.labels.numel(), self.original.layers[-1].weight.shape[0]
             parts.append(f"squared effects through the R factor of the last layer: {rows} rows for {elements}")
-        parts.append(f"{self.spec.zero_steps} zero steps not decoded")
+        if self.spec.zero_steps:
+            parts.append(f"{self.spec.zero_steps} zero steps not decoded")
         if not bool(self.reaches.all()):
             parts.append(f"nor {int((~self.reaches).sum())} steps of latents that nothing reads")
         if self.precision != "float32":

@@ -30,8 +30,8 @@ def _decoder(net: str) -> nn.Module:
     return vf.models.build("vae", (1, 64, 64), latents=LATENTS, net=net).decoder.eval().to(device)
 
 
-def _codes(decoder: nn.Module) -> Tensor:
-    z = torch.randn(SAMPLES, LATENTS, generator=torch.Generator().manual_seed(0))
+def _codes(decoder: nn.Module, samples: int = SAMPLES) -> Tensor:
+    z = torch.randn(samples, LATENTS, generator=torch.Generator().manual_seed(0))
     return z.to(next(decoder.parameters()).device)
 
 
@@ -182,23 +182,24 @@ def test_sweep(benchmark, net: str, form: str) -> None:
     measure(benchmark, call, case=case, form=form, ours=form == "ours", rounds=7, memory=True, decodes=DECODES)
 
 
+@pytest.mark.parametrize("samples", [SAMPLES, 4 * SAMPLES])
 @pytest.mark.parametrize("form", ["ours, gram", "ours, exact", "ours, generic engine", "eager, best chunk"])
 @torch.no_grad()
-def test_squared_effect(benchmark, form: str) -> None:
+def test_squared_effect(benchmark, form: str, samples: int) -> None:
     """logit_mse of the whole output, which the gram engine takes through the R factor of the last layer."""
     decoder = _decoder("mlp")
-    z = _codes(decoder)
+    z = _codes(decoder, samples)
     groups = vf.groups.whole(4096)
     logits: Callable[[Tensor], Tensor] = getattr(decoder, "logits")  # noqa: B009
 
     def eager(rows: int) -> Tensor:
         codes, base = _moved(z).flatten(0, 2), logits(z).flatten(1)
-        owner = torch.arange(SAMPLES, device=z.device).repeat_interleave(LATENTS * STEPS)
+        owner = torch.arange(samples, device=z.device).repeat_interleave(LATENTS * STEPS)
         parts = []
         for n in range(0, len(codes), rows):
             y = logits(codes[n : n + rows]).flatten(1)
             parts.append((y - base[owner[n : n + rows]]).square().mean(1))
-        return torch.cat(parts).view(SAMPLES, LATENTS, STEPS, 1).mean(0)
+        return torch.cat(parts).view(samples, LATENTS, STEPS, 1).mean(0)
 
     engine = {"ours, gram": "gram", "ours, exact": "fused", "ours, generic engine": "generic"}.get(form)
     rows = 0 if engine else _best(eager, TILES["mlp"])
@@ -210,5 +211,14 @@ def test_squared_effect(benchmark, form: str) -> None:
         return vf.latent_sweep(decoder, z, **options).tensor
 
     assert torch.allclose(call(), eager(400), rtol=1e-3), f"{form} measures something else"
-    case = f"mlp decoder, logit_mse of the whole output, {SAMPLES} samples x {LATENTS} latents x {STEPS} steps"
-    measure(benchmark, call, case=case, form=form, ours=form == "ours, gram", rounds=7, memory=True, decodes=DECODES)
+    case = f"mlp decoder, logit_mse of the whole output, {samples} samples x {LATENTS} latents x {STEPS} steps"
+    measure(
+        benchmark,
+        call,
+        case=case,
+        form=form,
+        ours=form == "ours, gram",
+        rounds=7,
+        memory=True,
+        decodes=samples * LATENTS * STEPS,
+    )

@@ -80,9 +80,10 @@ def ours(decoder: nn.Module, z: Tensor) -> Tensor:
 PEERS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {"nnsight": nnsight_sweep, "pyvene": pyvene_sweep}
 
 
-def main() -> int:
+def sweeps() -> tuple[list[dict[str, Any]], list[str]]:
+    """Latent sweeps: figures, and which forms differ from the truth."""
     cases: list[dict[str, Any]] = []
-    unequal = False
+    complaints: list[str] = []
     for net in ("conv", "mlp"):
         torch.manual_seed(0)
         decoder = vf.models.build("vae", (1, 64, 64), latents=LATENTS, net=net).decoder.eval()
@@ -105,8 +106,7 @@ def main() -> int:
                     times[name].append(time.perf_counter() - started)
                     error = float((result - truth).abs().max())
                     if error > tolerance:
-                        print(f"{case}: {name} differs from the float64 truth by {error:.2g}", file=sys.stderr)
-                        unequal = True
+                        complaints.append(f"{case}: {name} differs from the float64 truth by {error:.2g}")
         for name, taken in times.items():
             low, middle, high = statistics.quantiles(taken, n=4)
             version = "" if name == "ours" else f" {metadata.version(name)}"
@@ -114,15 +114,27 @@ def main() -> int:
             decodes = SAMPLES * LATENTS * len(DELTAS)
             figures = {"decodes": decodes, "median_s": middle, "iqr_s": high - low, "peak_bytes": memory[name]}
             cases.append({**facts, **figures})
-    of_autoencoders, complaints = peer_autoencoders.measure()
-    _write("peers", cases)
-    _write("peer_autoencoders", of_autoencoders)
-    cases += of_autoencoders
-    ours_s = {c["case"]: c["median_s"] for c in cases if c["ours"]}
-    for c in cases:
-        print(f"{c['case']}: {c['form']} {1e3 * c['median_s']:.0f} ms, {c['median_s'] / ours_s[c['case']]:.2f}x ours")
-    print("\n".join(complaints), file=sys.stderr)
-    unequal = unequal or bool(complaints)
+    return cases, complaints
+
+
+MEASURED = {"peers": sweeps, "peer_autoencoders": peer_autoencoders.measure}
+
+
+def main(names: list[str]) -> int:
+    """Measure `names` of MEASURED, all by default; 1 where numbers differ, 2 for unknown names."""
+    if unknown := [name for name in names if name not in MEASURED]:
+        print(f"peers: {', '.join(unknown)} unknown; known: {', '.join(MEASURED)}", file=sys.stderr)
+        return 2
+    unequal = False
+    for name in names or MEASURED:
+        cases, complaints = MEASURED[name]()
+        _write(name, cases)
+        ours_s = {c["case"]: c["median_s"] for c in cases if c["ours"]}
+        for c in cases:
+            ratio = c["median_s"] / ours_s[c["case"]]
+            print(f"{c['case']}: {c['form']} {1e3 * c['median_s']:.0f} ms, {ratio:.2f}x ours")
+        print("\n".join(complaints), file=sys.stderr)
+        unequal = unequal or bool(complaints)
     print("numbers equal" if not unequal else "numbers DIFFER")
     return int(unequal)
 
@@ -137,4 +149,4 @@ def _write(name: str, cases: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -37,6 +37,11 @@ class Step:
     written: tuple[tuple[int, Value], ...]
     reads: tuple[Value, ...]
 
+    @property
+    def makes(self) -> set[Value]:
+        """The values that are new once it has run."""
+        return {v for v in (*self.made, *(v for _, v in self.written)) if v is not None}
+
 
 @dataclass
 class Place:
@@ -66,8 +71,29 @@ class Trace:
             if changed.isdisjoint(step.reads):
                 continue
             chosen.append(n)
-            changed.update(v for v in (*step.made, *(v for _, v in step.written)) if v is not None and v not in starts)
+            changed.update(step.makes - starts)
         return Program(self, tuple(chosen), starts)
+
+    def between(self, starts: Iterable[Value], end: Value) -> Program:
+        """What of `downstream` this value needs; nothing where it does not depend on the starts, or is one."""
+        starts = set(starts)
+        wanted = {end} - starts
+        chosen = []
+        for n in reversed(self.downstream(starts).chosen):
+            step = self.steps[n]
+            if not wanted.isdisjoint(step.makes):
+                chosen.append(n)
+                wanted.update(set(step.reads) - starts)
+        return Program(self, tuple(reversed(chosen)), starts)
+
+    def reached(self, starts: Iterable[Value], held: Iterable[Value] = ()) -> set[Value]:
+        """The starts and all values that depend on them while those of `held` are kept."""
+        held = set(held)
+        changed = set(starts) - held
+        for step in self.steps:
+            if not changed.isdisjoint(step.reads):
+                changed.update(step.makes - held)
+        return changed
 
     def everything(self) -> Program:
         """The whole pass."""
@@ -86,7 +112,7 @@ class Program:
         for n in chosen:
             step = trace.steps[n]
             needs.update(v for v in step.reads if v not in made)
-            made.update(v for v in (*step.made, *(v for _, v in step.written)) if v is not None)
+            made.update(step.makes)
             last.update((v, n) for v in step.reads)
         self.needs = frozenset(needs)
         self.reaches = trace.output in made

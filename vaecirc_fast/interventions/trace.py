@@ -159,9 +159,9 @@ def trace(
 ) -> tuple[Trace, Tensor]:
     """Run `call(*args)`, which runs `module`, and return what it executed with its output, a tensor.
 
-    sites: modules by path whose inputs and outputs are noted; a value of a site is its own, as a hook's is: a module that
-    passes its input on gives a copy, and "path.input" asks that the module of that path be given a copy. InputError
-    names what cannot be run again faithfully: random numbers, decisions that depend on values, operations in place on
+    sites: modules by path whose inputs and outputs are noted. A site's value is its own, as a hook's is: a module that
+    passes its input on gives a copy, and "path.input" asks that the module of that path be given one. InputError names
+    what cannot be run again faithfully: random numbers, decisions that depend on values, operations in place on
     views, buffers that the pass changes.
     """
     modules = dict(module.named_modules())

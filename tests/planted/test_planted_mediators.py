@@ -72,7 +72,9 @@ def test_float32_has_the_same_numbers(circuit):
     """Weights and inputs are small multiples of 1/8, so float32 rounds nothing either."""
     module = circuit.module.float()
     try:
-        M = mediate(module, circuit.base.float(), circuit.source.float(), circuit.mediator, lambda y: y.double().mean(1))
+        M = mediate(
+            module, circuit.base.float(), circuit.source.float(), circuit.mediator, lambda y: y.double().mean(1)
+        )
     finally:
         module.double()
     for term in TERMS:

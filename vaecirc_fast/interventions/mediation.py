@@ -148,7 +148,9 @@ class Mediation:
                 rows.append((site, unit, group, term, value, l, h, self.outcome, definition))
         columns = ["mediator", "unit", "group", "term", "value", "low", "high", "measured_in", "definition"]
         table = pandas.DataFrame(rows, columns=columns)
-        order = [n + k * len(units_) * len(groups_) for n in range(len(units_) * len(groups_)) for k in range(len(TERMS))]
+        order = [
+            n + k * len(units_) * len(groups_) for n in range(len(units_) * len(groups_)) for k in range(len(TERMS))
+        ]
         return table.iloc[order].reset_index(drop=True)
 
     def top(self, n: int = 10, by: str = "nie_total") -> pandas.DataFrame:
@@ -460,9 +462,7 @@ def _result(
         cut=cut,
         reaches=reaches,
         replicates=shaped(sums.drawn[:, some] / sums.weights[some, None, None]) if len(some) else None,
-        per_sample=None
-        if sums.kept is None
-        else {name: shaped(t) for name, t in zip(TERMS, sums.kept, strict=True)},
+        per_sample=None if sums.kept is None else {name: shaped(t) for name, t in zip(TERMS, sums.kept, strict=True)},
         plan=plan,
     )
 

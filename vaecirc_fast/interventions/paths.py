@@ -490,7 +490,13 @@ class _Sums:
         return effect_reduction(torch.zeros_like(change[:, 0]), change, self.effect)[..., 0].double().cpu()
 
     def result(
-        self, pairs: Pairs, chosen: Sequence[Selection], stages: Sequence[_Stage], each: bool, flops: int, seconds: float
+        self,
+        pairs: Pairs,
+        chosen: Sequence[Selection],
+        stages: Sequence[_Stage],
+        each: bool,
+        flops: int,
+        seconds: float,
     ) -> PathEffects:
         def shaped(t: Tensor, axis: int) -> Tensor:
             return t if each else t.select(axis, 0)

@@ -143,8 +143,8 @@ def patch_sweep(
             raise InputError(f"x_source: has {source_rows} rows, x_base {rows}; they are pairs")
     started = time.perf_counter()
     with quiet(module, device_of(args)):
-        passes = _Passes(module, args, rows, readout)
-        targets = _targets(passes, sites, unit, heads)
+        passes = Passes(module, args, rows, readout)
+        targets = targets_at(passes, sites, unit, heads)
         sources = _Sources(module, source_args, rows, ablation, reference, seed)
         sweep = _Sweep(passes, targets, sources, effect, groups, recovery, tile)
         return sweep.run(replicates, seed, started)
@@ -170,7 +170,7 @@ def _pair(
 
 
 @dataclass(frozen=True)
-class _Target:
+class Target:
     """One site and its units: labels (E,) the unit of each element of a row, -1 where it is not patched."""
 
     selection: Selection
@@ -202,7 +202,7 @@ def value_at(seen: Sequence[Value | None], site: str) -> Value:
     return seen[0]
 
 
-class _Passes:
+class Passes:
     """The module on some of the rows, traced."""
 
     def __init__(self, module: nn.Module, args: tuple, rows: int, readout: Readout | None):
@@ -232,23 +232,25 @@ class _Passes:
         return made
 
 
-def _targets(passes: _Passes, sites: Sequence[str], unit: str, heads: int | None) -> list[_Target]:
-    """Sites with their units; of patterns, those that run once and have such units."""
-    found: dict[Selection, _Target] = {}
+def targets_at(
+    passes: Passes, sites: Sequence[str], unit: str, heads: int | None, reaching: bool = True
+) -> list[Target]:
+    """Sites with their units; of patterns, those that run once and have such units. reaching: refuses, or of patterns
+    leaves out, those of which nothing reaches the output."""
+    found: dict[Selection, Target] = {}
     chosen = [(s, is_pattern(spec)) for spec in sites for s in resolve(passes.module, spec)]
-    traced = passes.trace(slice(0, 1), 1, list(dict.fromkeys(s.site for s, _ in chosen)))
+    traced = passes.trace(slice(0, 1), 1, [str(Selection(s.site, s.side)) for s, _ in chosen])
     start = dict(zip(traced.inputs, passes.tensors(slice(0, 1)), strict=True))
     for s, pattern in chosen:
         try:
-            bare = _Target(s, torch.empty(0), ())
+            bare = Target(s, torch.empty(0), ())
             value = bare.value(traced)
             shape = tuple(traced.everything().run(start, {value})[value].shape[1:])
             mask = s.mask(shape)
             labels = torch.where(mask, units(shape, unit, heads).labels, -1)
-            program = traced.downstream([value])
-            if not program.reaches:
+            if reaching and traced.output not in traced.reached([value]):
                 raise InputError(f"{s}: nothing of it reaches the output; choose a site before it")
-            found.setdefault(s, _Target(s, labels, tuple(labels[mask].unique().tolist())))
+            found.setdefault(s, Target(s, labels, tuple(labels[mask].unique().tolist())))
         except InputError:
             if not pattern:
                 raise
@@ -265,7 +267,7 @@ class _Sources:
         self.reference = reference
         self._references: dict[str, Tensor] = {}
 
-    def of(self, targets: Sequence[_Target], base: Sequence[Tensor], part: slice) -> list[Tensor]:
+    def of(self, targets: Sequence[Target], base: Sequence[Tensor], part: slice) -> list[Tensor]:
         """For each target (B, ...), for the samples of `part`, whose base activations are given."""
         if self.ablation != "resample":
             if self.reference is not None and not self._references:
@@ -286,8 +288,8 @@ class _Sweep:
 
     def __init__(
         self,
-        passes: _Passes,
-        targets: list[_Target],
+        passes: Passes,
+        targets: list[Target],
         sources: _Sources,
         effect: str,
         groups: Groups | None,
@@ -296,7 +298,7 @@ class _Sweep:
     ):
         self.passes, self.targets, self.sources = passes, targets, sources
         self.effect, self.groups, self.recovery = effect, groups, recovery
-        one = passes.trace(slice(0, 1), 1, [t.selection.site for t in targets])
+        one = passes.trace(slice(0, 1), 1, [t.site for t in targets])
         start = dict(zip(one.inputs, passes.tensors(slice(0, 1)), strict=True))
         values = one.everything().run(start, {v for step in one.steps for v in step.made if v is not None})
         self.elements = values[one.output].numel()
@@ -325,7 +327,7 @@ class _Sweep:
         for part in slices(passes.rows, self.samples):
             size = part.stop - part.start
             if size not in traced:
-                traced[size] = passes.trace(part, repeats, [t.selection.site for t in targets])
+                traced[size] = passes.trace(part, repeats, [t.site for t in targets])
             now = traced[size]
             starts = [t.value(now) for t in targets]
             programs = [now.downstream([v]) for v in starts]
@@ -396,7 +398,7 @@ class _Sweep:
         values: dict[Value, Tensor],
         start: Value,
         source: Tensor,
-        target: _Target,
+        target: Target,
         base: Tensor,
         given: Tensor | None,
         repeats: int,
@@ -447,7 +449,7 @@ class _Kernel:
     network: Network
     flops: int
 
-    def effects(self, base: Tensor, source: Tensor, target: _Target, effect: str, groups: Groups) -> Tensor:
+    def effects(self, base: Tensor, source: Tensor, target: Target, effect: str, groups: Groups) -> Tensor:
         """(B, U, G) of setting each unit of base (B, E) to the source's."""
         base, source = self._pass(base), self._pass(source.to(base))
         numbers = torch.tensor(target.units, device=base.device)

@@ -37,6 +37,11 @@ class Step:
     written: tuple[tuple[int, Value], ...]
     reads: tuple[Value, ...]
 
+    @property
+    def makes(self) -> set[Value]:
+        """The values that are new once it has run."""
+        return {v for v in (*self.made, *(v for _, v in self.written)) if v is not None}
+
 
 @dataclass
 class Place:
@@ -66,8 +71,29 @@ class Trace:
             if changed.isdisjoint(step.reads):
                 continue
             chosen.append(n)
-            changed.update(v for v in (*step.made, *(v for _, v in step.written)) if v is not None and v not in starts)
+            changed.update(step.makes - starts)
         return Program(self, tuple(chosen), starts)
+
+    def between(self, starts: Iterable[Value], end: Value) -> Program:
+        """What of `downstream` this value needs; nothing where it does not depend on the starts, or is one."""
+        starts = set(starts)
+        wanted = {end} - starts
+        chosen = []
+        for n in reversed(self.downstream(starts).chosen):
+            step = self.steps[n]
+            if not wanted.isdisjoint(step.makes):
+                chosen.append(n)
+                wanted.update(set(step.reads) - starts)
+        return Program(self, tuple(reversed(chosen)), starts)
+
+    def reached(self, starts: Iterable[Value], held: Iterable[Value] = ()) -> set[Value]:
+        """The starts and all values that depend on them while those of `held` are kept."""
+        held = set(held)
+        changed = set(starts) - held
+        for step in self.steps:
+            if not changed.isdisjoint(step.reads):
+                changed.update(step.makes - held)
+        return changed
 
     def everything(self) -> Program:
         """The whole pass."""
@@ -86,7 +112,7 @@ class Program:
         for n in chosen:
             step = trace.steps[n]
             needs.update(v for v in step.reads if v not in made)
-            made.update(v for v in (*step.made, *(v for _, v in step.written)) if v is not None)
+            made.update(step.makes)
             last.update((v, n) for v in step.reads)
         self.needs = frozenset(needs)
         self.reaches = trace.output in made
@@ -133,14 +159,20 @@ def trace(
 ) -> tuple[Trace, Tensor]:
     """Run `call(*args)`, which runs `module`, and return what it executed with its output, a tensor.
 
-    sites: modules by path whose inputs and outputs are noted. InputError names what cannot be run again faithfully:
-    random numbers, decisions that depend on values, operations in place on views, buffers that the pass changes.
+    sites: modules by path whose inputs and outputs are noted. A site's value is its own, as a hook's is: a module that
+    passes its input on gives a copy, and "path.input" asks that the module of that path be given one. InputError names
+    what cannot be run again faithfully: random numbers, decisions that depend on values, operations in place on
+    views, buffers that the pass changes.
     """
     modules = dict(module.named_modules())
     recorder = _Recorder(args)
+    sites = list(sites)
+    copied = {name.removesuffix(".input") for name in sites if name not in modules}
+    names = dict.fromkeys(name if name in modules else name.removesuffix(".input") for name in sites)
     with ExitStack() as stack, torch.no_grad():
-        for name in sites:
-            stack.callback(modules[name].register_forward_pre_hook(recorder.entering(name), with_kwargs=True).remove)
+        for name in names:
+            entering = recorder.entering(name, name in copied)
+            stack.callback(modules[name].register_forward_pre_hook(entering, with_kwargs=True).remove)
             stack.callback(modules[name].register_forward_hook(recorder.leaving(name)).remove)
         stack.enter_context(recorder)
         output = call(*args)
@@ -174,19 +206,27 @@ class _Recorder(TorchDispatchMode):
     def value_of(self, tensor: Any) -> Value | None:
         return self._values.get(id(tensor))
 
-    def entering(self, name: str):
-        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def entering(self, name: str, copy: bool):
+        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            replaced = copy and bool(args) and isinstance(args[0], Tensor)
+            if replaced:
+                args = (args[0].clone(), *args[1:])
             given = next((t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)), None)
             self.places.setdefault(name, Place()).inputs.append(self.value_of(given))
+            return (args, kwargs) if replaced else None
 
         return hook
 
     def leaving(self, name: str):
-        def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
+        def hook(_module: nn.Module, args: tuple, output: Any) -> Any:
             place = self.places.setdefault(name, Place())
             first = output if isinstance(output, Tensor) else None
+            value = self.value_of(first)
+            if first is not None and value is not None and value == place.inputs[-1]:
+                output = first = first.clone()
             place.outputs.append(self.value_of(first))
             place.shapes.append(() if first is None else tuple(first.shape))
+            return output
 
         return hook
 

@@ -9,15 +9,27 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import InputError
-from . import codebook, conv, inputs, linear, pairs, relu, softmax
+from . import codebook, conv, inputs, linear, mediators, pairs, relu, softmax
 from .circuit import Planted
 from .codebook import PlantedCodes
 from .inputs import PlantedEncoder
+from .mediators import PlantedMediator
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Planted", "PlantedCodes", "PlantedEncoder", "all", "codebooks", "input_circuits", "score", "score_inputs"]
+__all__ = [
+    "Planted",
+    "PlantedCodes",
+    "PlantedEncoder",
+    "PlantedMediator",
+    "all",
+    "codebooks",
+    "input_circuits",
+    "mediation_circuits",
+    "score",
+    "score_inputs",
+]
 
 
 def all() -> list[Planted]:
@@ -33,6 +45,11 @@ def input_circuits() -> list[PlantedEncoder]:
 def codebooks() -> list[PlantedCodes]:
     """Every planted codebook with its decoder; made anew, float64 on the CPU."""
     return codebook.all()
+
+
+def mediation_circuits() -> list[PlantedMediator]:
+    """Every planted mediator, with its terms and the effects of a path; made anew, float64 on the CPU."""
+    return mediators.all()
 
 
 def score(method: Callable[[Planted], Any]) -> pandas.DataFrame:

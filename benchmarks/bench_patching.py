@@ -27,8 +27,15 @@ def _decoder(net: str) -> tuple[nn.Module, Tensor, Tensor]:
 
 def hook_loop(decoder: nn.Module, base: Tensor, source: Tensor, sites: tuple[str, ...]) -> Tensor:
     """What one writes first: for every unit a forward pass of all pairs with a hook that sets it."""
-    modules, kept, effects = dict(decoder.named_modules()), {}, []
-    handles = [modules[s].register_forward_hook(lambda _m, _a, out, s=s: kept.update({s: out.clone()})) for s in sites]
+    modules, effects = dict(decoder.named_modules()), []
+    kept: dict[str, Tensor] = {}
+    handles = []
+    for site in sites:
+
+        def keep(_module: nn.Module, _args: tuple, out: Tensor, site: str = site) -> None:
+            kept[site] = out.clone()
+
+        handles.append(modules[site].register_forward_hook(keep))
     decoder(source)
     for handle in handles:
         handle.remove()
@@ -36,7 +43,7 @@ def hook_loop(decoder: nn.Module, base: Tensor, source: Tensor, sites: tuple[str
     for site in sites:
         for u in range(kept[site].shape[1]):
 
-            def hook(_module, _args, out, site=site, u=u):
+            def hook(_module: nn.Module, _args: tuple, out: Tensor, site: str = site, u: int = u) -> Tensor:
                 out = out.clone()
                 out[:, u] = kept[site][:, u]
                 return out

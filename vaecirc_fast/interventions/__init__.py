@@ -1,5 +1,6 @@
 """Interventions on any module: sites, input manipulation, latent sweeps, activation patching."""
 
+from .attribution import Attribution, attribute
 from .codes import Codes, code_sweep
 from .effects import Effects
 from .inputs import InputEffects, factor_pairs, input_effects, mask_region, noise_region, redraw_columns
@@ -12,6 +13,7 @@ from .sites import Wrapped, wrap
 from .strength import effect_strength
 
 __all__ = [
+    "Attribution",
     "Cache",
     "Codes",
     "Effects",
@@ -21,6 +23,7 @@ __all__ = [
     "PatchEffects",
     "Wrapped",
     "ablate",
+    "attribute",
     "code_sweep",
     "effect_strength",
     "factor_pairs",

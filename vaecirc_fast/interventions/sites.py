@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from . import patching
+from .attribution import Attribution, attribute
+from .mediation import Mediation, mediate
 from .patch_sweeps import PatchEffects, ablate, patch_sweep
 from .patching import Cache
+from .paths import PathEffects, path_patch
 from .selection import matching_sites
 
 if TYPE_CHECKING:
@@ -76,6 +79,20 @@ class Wrapped:
     def ablate(self, x: Any, sites: Sequence[str] = ("*",), **options: Any) -> PatchEffects:
         """The effect of ablating every unit of every site by itself; see `interventions.ablate`."""
         return ablate(self.module, x, sites, **options)
+
+    def attribute(self, x_base: Any, x_source: Any, sites: Sequence[str] = ("*",), **options: Any) -> Attribution:
+        """The effect of every unit to first order, by one backward pass; see `interventions.attribute`."""
+        return attribute(self.module, x_base, x_source, sites, **options)
+
+    def mediate(
+        self, x_base: Any, x_source: Any, mediators: str | Sequence[str], outcome: Any = "output.mean", **options: Any
+    ) -> Mediation:
+        """How much of the change from x_base to x_source passes through units; see `interventions.mediate`."""
+        return mediate(self.module, x_base, x_source, mediators, outcome, **options)
+
+    def path_patch(self, x_base: Any, x_source: Any, path: str, **options: Any) -> PathEffects:
+        """What the change does along a path of sites alone; see `interventions.path_patch`."""
+        return path_patch(self.module, x_base, x_source, path, **options)
 
     def _trace(self, example: Any) -> dict[str, tuple[tuple[int, ...] | None, int]]:
         """Shape and downstream FLOPs of each site that a forward pass on the example reaches, in order of execution."""

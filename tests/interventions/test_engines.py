@@ -1,9 +1,11 @@
 """The engines of a latent sweep: whatever the planner takes, the effects are those of the decoder called as it is."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from backends import ALL, parameters
 from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,6 +58,22 @@ def test_planted_circuits_on_every_engine(name, effect, dtype):
                 assert torch.allclose(E_squared.tensor.sqrt().mean(0), E.tensor, rtol=1e-5, atol=1e-6)
                 continue
             assert_close(E.tensor, truth.to(dtype), truth, terms=4096, unit=unit)
+
+
+@pytest.mark.parametrize("backend", parameters([b for b in ALL if b.device == "cpu" and b.name != "cuda"]))
+@pytest.mark.parametrize("name", CIRCUITS)
+def test_planted_circuits_on_every_backend(name, backend):
+    """In float32, on few samples and steps: the interpreter is slow."""
+    circuit = replace(CIRCUITS[name], z=CIRCUITS[name].z[:2])
+    at, steps = circuit.to(torch.float32), torch.tensor([-1.0, 2.0])
+    if record(at.decoder, at.z[:1]).network is None:
+        pytest.skip("its layers are not such as kernels know")
+    truth = torch.from_numpy(circuit.effects(steps.double()))
+    largest = float(circuit.decoder(circuit.z).detach().abs().max()) + 1 + float(truth.abs().max())
+    with backend.forced():
+        E = sweep(at.decoder, at.z, grid=steps, effect=at.effect, groups=at.groups, engine="fused")
+    assert f"fused engine ({backend.name}" in E.plan
+    assert_close(E.tensor, truth.float(), truth, terms=256, unit=torch.full_like(truth, 4 * largest))
 
 
 def test_gram_is_among_them():

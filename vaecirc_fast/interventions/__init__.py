@@ -5,6 +5,8 @@ from .effects import Effects
 from .inputs import InputEffects, factor_pairs, input_effects, mask_region, noise_region, redraw_columns
 from .interactions import Interactions, latent_interactions
 from .latents import latent_sweep, posterior_scale
+from .mediation import Mediation, mediate
+from .paths import PathEffects, path_patch
 from .sites import Wrapped, wrap
 
 __all__ = [
@@ -12,6 +14,8 @@ __all__ = [
     "Effects",
     "InputEffects",
     "Interactions",
+    "Mediation",
+    "PathEffects",
     "Wrapped",
     "code_sweep",
     "factor_pairs",
@@ -19,7 +23,9 @@ __all__ = [
     "latent_interactions",
     "latent_sweep",
     "mask_region",
+    "mediate",
     "noise_region",
+    "path_patch",
     "posterior_scale",
     "redraw_columns",
     "wrap",

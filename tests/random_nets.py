@@ -75,7 +75,7 @@ def random_net(draw) -> Net:
     else:
         depth = draw(st.integers(1, 3))
         module = Residual(width, depth, outputs)
-        sites = ("stem", *(f"blocks.{n}.{k}" for n in range(depth) for k in (0, 1, 3)), "head.input")
+        sites = ("stem", *(f"blocks.{n}{k}" for n in range(depth) for k in (".input", ".0", ".1", ".3")), "head.input")
         cuts = ("stem", "head.input")
     module.double().eval()
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))

@@ -1,4 +1,4 @@
-"""Interventions on any module: sites, input manipulation, latent sweeps, activation patching."""
+"""Interventions on any module: sites, input manipulation, latent sweeps, activation patching, paths, mediation."""
 
 from .attribution import Attribution, attribute
 from .codes import Codes, code_sweep
@@ -7,8 +7,10 @@ from .inputs import InputEffects, factor_pairs, input_effects, mask_region, nois
 from .interactions import Interactions, latent_interactions
 from .latents import latent_sweep, posterior_scale
 from .linearised import Linearised, linearised
+from .mediation import Mediation, mediate
 from .patch_sweeps import PatchEffects, ablate, patch_sweep
 from .patching import Cache, patch, run_with_cache, run_with_hooks
+from .paths import PathEffects, path_patch
 from .sites import Wrapped, wrap
 from .strength import effect_strength
 
@@ -20,7 +22,9 @@ __all__ = [
     "InputEffects",
     "Interactions",
     "Linearised",
+    "Mediation",
     "PatchEffects",
+    "PathEffects",
     "Wrapped",
     "ablate",
     "attribute",
@@ -32,9 +36,11 @@ __all__ = [
     "latent_sweep",
     "linearised",
     "mask_region",
+    "mediate",
     "noise_region",
     "patch",
     "patch_sweep",
+    "path_patch",
     "posterior_scale",
     "redraw_columns",
     "run_with_cache",

@@ -138,20 +138,16 @@ class Mediation:
         value, low, high (over samples), measured_in (the outcome), definition."""
         import pandas
 
-        units_ = [(", ".join(self.mediators), "all")] if self.units is None else self.coords["unit"]
-        groups_ = ["output"] if self.groups is None else self.groups
+        mediators = [(", ".join(self.mediators), "all")] if self.units is None else self.coords["unit"]
+        groups = ["output"] if self.groups is None else self.groups
+        values = {term: (getattr(self, term).reshape(-1), *self.interval(term, level)) for term in TERMS}
         rows = []
-        for term, definition in TERMS.items():
-            low, high = self.interval(term, level)
-            flat = zip(*(t.reshape(-1).tolist() for t in (getattr(self, term), low, high)), strict=True)
-            for ((site, unit), group), (value, l, h) in zip(itertools.product(units_, groups_), flat, strict=True):
-                rows.append((site, unit, group, term, value, l, h, self.outcome, definition))
+        for n, ((site, unit), group) in enumerate(itertools.product(mediators, groups)):
+            for term, definition in TERMS.items():
+                numbers = (float(t.reshape(-1)[n]) for t in values[term])
+                rows.append((site, unit, group, term, *numbers, self.outcome, definition))
         columns = ["mediator", "unit", "group", "term", "value", "low", "high", "measured_in", "definition"]
-        table = pandas.DataFrame(rows, columns=columns)
-        order = [
-            n + k * len(units_) * len(groups_) for n in range(len(units_) * len(groups_)) for k in range(len(TERMS))
-        ]
-        return table.iloc[order].reset_index(drop=True)
+        return pandas.DataFrame(rows, columns=columns)
 
     def top(self, n: int = 10, by: str = "nie_total") -> pandas.DataFrame:
         """The n units with the greatest magnitude of a term (over groups its mean magnitude): site, unit and terms."""

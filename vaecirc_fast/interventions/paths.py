@@ -194,7 +194,7 @@ def path_patch(
         sums = _Sums(pairs.rows, count, groups, effect, per_sample, replicates, seed, bypassed)
         walk = _Walk(pairs, stages, bypassed, sums)
         walk.run()
-        return sums.result(pairs, chosen, stages, each, walk.flops, time.perf_counter() - started)
+        return sums.result(pairs, stages, each, walk.flops, time.perf_counter() - started)
 
 
 def _parsed(path: str) -> list[Selection]:
@@ -489,19 +489,11 @@ class _Sums:
         change = change.contiguous()
         return effect_reduction(torch.zeros_like(change[:, 0]), change, self.effect)[..., 0].double().cpu()
 
-    def result(
-        self,
-        pairs: Pairs,
-        chosen: Sequence[Selection],
-        stages: Sequence[_Stage],
-        each: bool,
-        flops: int,
-        seconds: float,
-    ) -> PathEffects:
+    def result(self, pairs: Pairs, stages: Sequence[_Stage], each: bool, flops: int, seconds: float) -> PathEffects:
         def shaped(t: Tensor, axis: int) -> Tensor:
             return t if each else t.select(axis, 0)
 
-        names = [str(s) for s in chosen]
+        names = [str(s.target.selection) for s in stages]
         listed = [s.names for s in stages if s.names is not None]
         vectors = dict(zip(MEASURES, self.vectors / self.rows, strict=True))
         some = self.weights > 0  # all weights are zero once in e^N replicates
@@ -513,7 +505,8 @@ class _Sums:
         where = f"no cut: {', '.join(around)}, see .bypass" if around else "every site is a cut behind the first"
         plan = (
             f"{self.count} path{'s' if self.count > 1 else ''} of {self.rows} samples, tiles of {pairs.tile} rows; "
-            f"{share:.0f} % of the operations of three whole passes a path; {where}; {1e6 * seconds / (self.count * self.rows):.1f} us a sample and path"
+            f"{share:.0f} % of the operations of three whole passes a path; {where}; "
+            f"{1e6 * seconds / (self.count * self.rows):.1f} us a sample and path"
         )
         return PathEffects(
             **{m: shaped(v, 0) for m, v in vectors.items()},

@@ -126,8 +126,8 @@ def patch_sweep(
     readout: chooses the tensor of an output that is none. tile: rows of one pass.
 
     The pass up to a site is computed once, and only what depends on the patched site runs again; behind a vector or
-    image that is the kernel of `vf.ops.latent_sweep` or `patch_mix` where the layers are such. Memory does not grow with
-    the number of patches.
+    image that is the kernel of `vf.ops.latent_sweep` or `patch_mix` where the layers are such. Memory does not grow
+    with the number of patches.
     Returns effects over (unit, group). InputError names the site and the remedy.
     """
     x_base, x_source = _pair(x_base, x_source, clean, corrupted, direction, ablation)

@@ -229,7 +229,8 @@ class _Passes:
                 full[n] = t
             return self.output(tuple(full))
 
-        made, y = trace(self.module, call, [args[n] for n in where], sites)
+        # two selections of one site are one place
+        made, y = trace(self.module, call, [args[n] for n in where], list(dict.fromkeys(sites)))
         if y.ndim < 2 or len(y) != len(args[where[0]]):
             raise InputError(f"module: its output has shape {tuple(y.shape)}, expected (rows, ...)")
         return made

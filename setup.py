@@ -17,6 +17,7 @@ from setuptools.errors import CompileError
 OPS = [
     "effect_reduction",
     "latent_sweep",
+    "patch_mix",
     "render_sprites",
     "sparse_adam",
     "sparse_decode",
@@ -24,8 +25,8 @@ OPS = [
     "topk",
     "topk_encode",
 ]  # with a C++ kernel
-KERNELS = [f"csrc/cpu/{op}.cpp" for op in OPS]
-SHARED = ["activations", "effect_rows", "panels", "registers", "topk_select"]  # headers
+KERNELS = [f"csrc/cpu/{name}.cpp" for name in [*OPS, "network_rows"]]
+SHARED = ["activations", "effect_rows", "network_rows", "panels", "registers", "topk_select"]  # headers
 HEADERS = ["csrc/common.h", "csrc/sparse_entries.h", *(f"csrc/cpu/{name}.h" for name in [*SHARED, *OPS])]
 FLAGS = ["-O3", "-std=gnu++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # _native.py picks the widest set this processor has. Other architectures get the baseline alone.

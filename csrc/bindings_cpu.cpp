@@ -6,11 +6,13 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common.h"
 #include "cpu/effect_reduction.h"
 #include "cpu/latent_sweep.h"
+#include "cpu/patch_mix.h"
 #include "cpu/render_sprites.h"
 #include "cpu/sparse_adam.h"
 #include "cpu/sparse_decode.h"
@@ -28,6 +30,7 @@ struct Kernels {
     bool (*effect_reduction)(const EffectReduction&);
     bool (*effect_reduction_backward)(const EffectReductionBackward&);
     bool (*latent_sweep)(const LatentSweep&);
+    bool (*patch_mix)(const PatchMix&);
     int64_t (*render_sprites)(const RenderSprites&);
     void (*threshold_encode)(const ThresholdEncode&);
     void (*threshold_encode_backward)(const ThresholdEncodeBackward&);
@@ -48,6 +51,7 @@ struct Kernels {
      set::effect_reduction,          \
      set::effect_reduction_backward, \
      set::latent_sweep,              \
+     set::patch_mix,                 \
      set::render_sprites,            \
      set::threshold_encode,          \
      set::threshold_encode_backward, \
@@ -106,6 +110,48 @@ int64_t what_was_wrong(int64_t wrong) {
     return wrong;
 }
 
+// Of kernels over the rows of a network: sizes B, J, P, G; weights, biases, layers and slopes, one a layer; the shape
+// C, h, w, H, W; labels, kinds, link, spans and their number, out, threads.
+typedef std::tuple<std::array<int64_t, 4>, std::vector<uintptr_t>, std::vector<uintptr_t>,
+                   std::vector<std::array<int64_t, 12>>, std::vector<float>, std::array<int64_t, 5>, uintptr_t,
+                   std::vector<int32_t>, int, uintptr_t, int64_t, uintptr_t, int>
+    NetworkArguments;
+
+// `all` holds the layers that the result points to.
+NetworkRows rows_of(const char* op, const NetworkArguments& given, std::vector<SweepLayer>& all) {
+    const auto& [sizes, weights, biases, layers, slopes, shape, labels, kinds, link, spans, n_spans, out, threads] =
+        given;
+    if (weights.size() != layers.size() || biases.size() != layers.size() || slopes.size() != layers.size())
+        throw std::invalid_argument(std::string(op) + ": each layer has a weight, a bias and a slope");
+    for (size_t n = 0; n < layers.size(); ++n) {
+        const auto [kind, activation, in, out, kh, kw, sh, sw, ph, pw, oph, opw] = layers[n];
+        all.push_back({int(kind), int(activation), slopes[n], at<float>(weights[n]), at<float>(biases[n]), in, out, kh,
+                       kw, sh, sw, ph, pw, oph, opw});
+    }
+    const auto [B, J, P, G] = sizes;
+    const auto [C, h, w, H, W] = shape;
+    const int64_t count = all.size(), E = kinds.size();
+    return {B,
+            J,
+            all.data(),
+            count,
+            C,
+            h,
+            w,
+            H,
+            W,
+            P,
+            at<int32_t>(labels),
+            G,
+            kinds.data(),
+            E,
+            link,
+            at<int32_t>(spans),
+            n_spans,
+            at<float>(out),
+            threads};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -133,46 +179,19 @@ PYBIND11_MODULE(_C, m) {
           });
     // sizes: B, L, J, K, P, G. layers: 12 numbers each, those of SweepLayer after its pointers, led by kind and
     // activation.
-    m.def("latent_sweep", [](uintptr_t z, uintptr_t latents, uintptr_t shifts, const std::array<int64_t, 6>& sizes,
-                             const std::vector<uintptr_t>& weights, const std::vector<uintptr_t>& biases,
-                             const std::vector<std::array<int64_t, 12>>& layers, const std::vector<float>& slopes,
-                             const std::array<int64_t, 5>& shape, uintptr_t labels, const std::vector<int32_t>& kinds,
-                             int link, uintptr_t spans, int64_t n_spans, uintptr_t out, int threads) {
+    m.def("latent_sweep",
+          [](uintptr_t z, uintptr_t latents, uintptr_t shifts, int64_t L, int64_t K, const NetworkArguments& network) {
+              py::gil_scoped_release release;
+              std::vector<SweepLayer> layers;
+              checked(chosen->latent_sweep({at<float>(z), at<int64_t>(latents), at<float>(shifts), L, K,
+                                            rows_of("latent_sweep", network, layers)}));
+          });
+    m.def("patch_mix", [](uintptr_t base, uintptr_t source, uintptr_t order, uintptr_t starts, uintptr_t stops,
+                          int64_t L, const NetworkArguments& network) {
         py::gil_scoped_release release;
-        if (weights.size() != layers.size() || biases.size() != layers.size() || slopes.size() != layers.size())
-            throw std::invalid_argument("latent_sweep: each layer has a weight, a bias and a slope");
-        std::vector<SweepLayer> all;
-        for (size_t n = 0; n < layers.size(); ++n) {
-            const auto [kind, activation, in, out, kh, kw, sh, sw, ph, pw, oph, opw] = layers[n];
-            all.push_back({int(kind), int(activation), slopes[n], at<float>(weights[n]), at<float>(biases[n]), in, out,
-                           kh, kw, sh, sw, ph, pw, oph, opw});
-        }
-        const auto [B, L, J, K, P, G] = sizes;
-        const auto [C, h, w, H, W] = shape;
-        checked(chosen->latent_sweep({at<float>(z),
-                                      at<int64_t>(latents),
-                                      at<float>(shifts),
-                                      B,
-                                      L,
-                                      J,
-                                      K,
-                                      all.data(),
-                                      int64_t(all.size()),
-                                      C,
-                                      h,
-                                      w,
-                                      H,
-                                      W,
-                                      P,
-                                      at<int32_t>(labels),
-                                      G,
-                                      kinds.data(),
-                                      int64_t(kinds.size()),
-                                      link,
-                                      at<int32_t>(spans),
-                                      n_spans,
-                                      at<float>(out),
-                                      threads}));
+        std::vector<SweepLayer> layers;
+        checked(chosen->patch_mix({at<float>(base), at<float>(source), at<int64_t>(order), at<int64_t>(starts),
+                                   at<int64_t>(stops), L, rows_of("patch_mix", network, layers)}));
     });
     m.def("render_sprites",
           [](uintptr_t factors, int64_t B, const std::array<int64_t, 6>& sizes, uintptr_t x, int64_t vertices,

@@ -288,12 +288,31 @@ def test_tables_and_intervals():
     assert torch.allclose(P.tensor, by_kernel.tensor, rtol=1e-3, atol=1e-8) and "kernels" not in P.plan
 
 
-def test_the_kernel_is_used_behind_vectors():
+def test_the_kernel_is_used_behind_vectors_and_images():
     module, x_base, x_source = made("conv")
-    P = vf.wrap(module).patch_sweep(x_base, x_source, ["decoder.fc1", "decoder.ct1"])
-    assert "kernels behind decoder.fc1;" in P.plan
+    sites = ["decoder.fc1", "decoder.fc2", "decoder.ct1"]
+    P = vf.wrap(module).patch_sweep(x_base, x_source, [*sites, "encoder.conv1"])
+    assert f"kernels behind {', '.join(sites)};" in P.plan
     share = int(P.plan.split("runs again: ")[1].split(" %")[0])
     assert 0 < share < 100
+
+
+@pytest.mark.parametrize(("unit", "heads"), [("channel", None), ("cell", None), ("element", None), ("head", 4)])
+def test_units_behind_which_is_a_kernel(unit, heads):
+    """Chosen by indices too, two selections of one site; and equal to what torch's layers give."""
+    module, x_base, x_source = made("conv")
+    site = "decoder.fc1" if unit == "head" else "decoder.ct1"
+    sites = [site, site + ("[:9]" if unit == "head" else "[:3, 1:4]")]
+    options = {"unit": unit, "heads": heads, "groups": thirds(256), "replicates": 0}
+    P = vf.interventions.patch_sweep(module, x_base, x_source, sites, **options)
+    assert f"kernels behind {site};" in P.plan
+    double, base64, source64 = made("conv", torch.float64)
+    exact = vf.interventions.patch_sweep(double, base64, source64, sites, **options)
+    with vf.backend("reference"):
+        plain = vf.interventions.patch_sweep(module, x_base, x_source, sites, **options)
+    assert "kernels" not in exact.plan + plain.plan and P.coords == exact.coords
+    truth = exact.tensor.double()
+    assert_close(P.tensor, plain.tensor, truth, terms=256 + 400, unit=torch.full_like(truth, 4.0))
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, ops
-from .._registry import forced
+from .._registry import Row, forced
 from ..groups import Groups, from_labels
 from ..ops.latent_sweep import ROW, Dense, Network, outputs
 from . import grids
@@ -134,14 +134,14 @@ class FusedPath:
         return f"{self.precision} effects differ from float32 by {error:.1e} (root mean square, {decodes} decodes)"
 
 
-def backend_for(z: Tensor, precision: str = "float32") -> str | None:
-    """The backend that the op takes for these codes; None where it may take none."""
+def backend_for(z: Tensor, precision: str = "float32", row: Row = ROW) -> str | None:
+    """The backend that an op takes for these inputs, `latent_sweep` by default; None where it may take none."""
     device, name = z.device.type, forced()
     if precision != "float32" and device == "cpu":
         return "reference" if name in (None, "auto", "reference") else None
-    if name not in (None, "auto") and ROW.why_not(name, device, z.dtype) is not None:
+    if name not in (None, "auto") and row.why_not(name, device, z.dtype) is not None:
         return None
-    return ROW.choose(device, z.dtype)
+    return row.choose(device, z.dtype)
 
 
 def describe(network: Network) -> str:

@@ -65,15 +65,17 @@ class Recorded:
 
 
 @torch.no_grad()
-def record(call: Callable[[Tensor], Any], row: Tensor) -> Recorded:
+def record(call: Callable[[Tensor], Any], row: Tensor, images: bool = False) -> Recorded:
     """Call a decoder on `row` (1, L) and read its layers off the operations it executes.
+
+    images: the first layer may be a transposed convolution too, and the row an image (1, C, H, W).
 
     Nothing is assumed of the module's code: only the operations count. A network is recognised where they are one
     chain of linear layers, then transposed convolutions (or convolutions of stride 1), the activations of the op
     `latent_sweep`, batch norm in eval mode (folded into the layer before it), reshapes that keep the order of elements,
     a crop, and at last a sigmoid or softmax. Weights are referred to, not copied.
     """
-    recorder = _Recorder(row)
+    recorder = _Recorder(row, images)
     reason = watched(call)
     with _hooks_met() as hooked, recorder:
         output = call(row)
@@ -125,8 +127,9 @@ def _hooks_met() -> Iterator[list[str]]:
 class _Recorder(TorchDispatchMode):
     """Follows the one tensor that comes from the codes through the operations of a call."""
 
-    def __init__(self, row: Tensor):
+    def __init__(self, row: Tensor, images: bool):
         super().__init__()
+        self.images = images
         self.bytes = 0
         self.reason = ""
         self.layers: list[Layer] = []
@@ -218,7 +221,7 @@ class _Recorder(TorchDispatchMode):
             return "a convolution is not two-dimensional"
         if groups != 1 or any(d != 1 for d in dilation):
             return "a convolution has groups or dilation"
-        if not self.layers:
+        if not self.layers and not self.images:
             return "the first layer is a convolution"
         if not transposed:
             if any(s != 1 for s in stride):
@@ -227,7 +230,7 @@ class _Recorder(TorchDispatchMode):
             padding = [k - 1 - p for k, p in zip(weight.shape[2:], padding, strict=True)]
             if min(padding) < 0:
                 return "a convolution pads more than its kernel"
-        if isinstance(self.layers[-1], Dense):
+        if not self.layers or isinstance(self.layers[-1], Dense):
             self.grid = tuple(x.shape[1:])
         a, b, c = ((int(v[0]), int(v[-1])) for v in (stride, padding, output_padding))
         self.layers.append(TransposedConvolution(weight, bias, stride=a, padding=b, output_padding=c))

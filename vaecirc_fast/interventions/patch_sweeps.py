@@ -16,7 +16,9 @@ from ..groups import Groups, whole
 from ..metrics.causal import REPLICATES
 from ..metrics.statistics import resampled_interval, resampling_weights
 from ..ops import effect_reduction
-from ..ops.latent_sweep import Network
+from ..ops.latent_sweep import ROW as LATENT_SWEEP
+from ..ops.latent_sweep import Dense, Network
+from ..ops.patch_mix import ROW as PATCH_MIX
 from ..reference.effect_reduction import KINDS
 from .engine import most_bytes, slices
 from .fused import agrees, backend_for
@@ -123,8 +125,9 @@ def patch_sweep(
     reference=. effect, groups: as in `vf.ops.effect_reduction`. recovery: also the distance to x_source's output.
     readout: chooses the tensor of an output that is none. tile: rows of one pass.
 
-    The pass up to a site is computed once, and only what depends on the patched site runs again; behind a vector that
-    is the kernel of `vf.ops.latent_sweep` where the layers are such. Memory does not grow with the number of patches.
+    The pass up to a site is computed once, and only what depends on the patched site runs again; behind a vector or
+    image that is the kernel of `vf.ops.latent_sweep` or `patch_mix` where the layers are such. Memory does not grow
+    with the number of patches.
     Returns effects over (unit, group). InputError names the site and the remedy.
     """
     x_base, x_source = _pair(x_base, x_source, clean, corrupted, direction, ablation)
@@ -226,7 +229,8 @@ class Passes:
                 full[n] = t
             return self.output(tuple(full))
 
-        made, y = trace(self.module, call, [args[n] for n in where], sites)
+        # two selections of one site are one place
+        made, y = trace(self.module, call, [args[n] for n in where], list(dict.fromkeys(sites)))
         if y.ndim < 2 or len(y) != len(args[where[0]]):
             raise InputError(f"module: its output has shape {tuple(y.shape)}, expected (rows, ...)")
         return made
@@ -309,16 +313,16 @@ class _Sweep:
         fitting = max(1, min(most_bytes(values[one.output].device) // max(largest, 1), LARGEST_TILE))
         self.tile = fitting if tile is None else tile
         self.samples = min(passes.rows, self.tile)
-        self.kernels: dict[str, _Kernel] = {}
+        self.kernels: dict[Selection, _Kernel] = {}
         if not recovery:
             for t in targets:
-                kernel = _kernel_behind(one, t.value(one), values)
+                kernel = _kernel_behind(one, t.value(one), values, t)
                 if kernel is not None:
-                    self.kernels[t.site] = kernel
+                    self.kernels[t.selection] = kernel
 
     def run(self, replicates: int, seed: int, started: float) -> PatchEffects:
         passes, targets = self.passes, self.targets
-        rest = [t for t in targets if t.site not in self.kernels]
+        rest = [t for t in targets if t.selection not in self.kernels]
         most = max((len(t.units) for t in rest), default=1)
         repeats = max(1, min(self.tile // self.samples, most))
         traced: dict[int, Trace] = {}
@@ -342,7 +346,7 @@ class _Sweep:
             sources = self.sources.of(targets, [values[v][::repeats] for v in starts], part)
             found, near = [], []
             for target, program, start, source in zip(targets, programs, starts, sources, strict=True):
-                kernel = self.kernels.get(target.site)
+                kernel = self.kernels.get(target.selection)
                 if kernel is not None:
                     found.append(kernel.effects(values[start][::repeats], source, target, self.effect, groups))
                     self.flops += size * len(target.units) * kernel.flops
@@ -423,9 +427,8 @@ class _Sweep:
             mixed = torch.where(chosen, new, rows).view(activation.shape)
             y = program.run({**values, start: mixed})[program.trace.output].flatten(1)
             self.flops += program.flops
-            effects[:, chunk] = effect_reduction(base, y[:, None], self.effect, groups=groups).view(size, repeats, -1)[
-                :, :n
-            ]
+            e = effect_reduction(base, y[:, None], self.effect, groups=groups)
+            effects[:, chunk] = e.view(size, repeats, -1)[:, :n]
             if given is not None:
                 d = effect_reduction(given, y.view(size, repeats, -1), self.effect, groups=everything)
                 distances[:, chunk] = d[:, :n, 0].to(dtype)
@@ -433,7 +436,8 @@ class _Sweep:
 
     def _plan(self, patched: int, seconds: float) -> str:
         share = 100 * self.flops / max(1, patched * self.flops_of_a_pass)
-        kernels = f"; kernels behind {', '.join(self.kernels)}" if self.kernels else ""
+        behind = dict.fromkeys(t.site for t in self.targets if t.selection in self.kernels)
+        kernels = f"; kernels behind {', '.join(behind)}" if behind else ""
         return (
             f"{patched} patched samples at {len(self.targets)} sites, tiles of {self.tile} rows; only what depends on "
             f"a site runs again: {share:.0f} % of the operations of whole passes{kernels}; "
@@ -443,18 +447,25 @@ class _Sweep:
 
 @dataclass(frozen=True)
 class _Kernel:
-    """What is behind a vector: activations to pass first, then a network that the op `latent_sweep` knows."""
+    """What is behind a vector or image: activations to pass first, then a network that the kernels know.
+
+    alone: every unit is one element of a vector, which the op `latent_sweep` shifts; `patch_mix` sets any unit.
+    """
 
     lead: tuple[Step, ...]
     network: Network
+    alone: bool
     flops: int
 
     def effects(self, base: Tensor, source: Tensor, target: Target, effect: str, groups: Groups) -> Tensor:
-        """(B, U, G) of setting each unit of base (B, E) to the source's."""
-        base, source = self._pass(base), self._pass(source.to(base))
+        """(B, U, G) of setting each unit of base (B, ...) to the source's."""
+        base, source = self._pass(base).flatten(1), self._pass(source.to(base)).flatten(1)
         numbers = torch.tensor(target.units, device=base.device)
-        shifts = (source - base)[:, numbers]
-        return ops.latent_sweep(base, numbers[:, None], shifts[..., None], self.network, effect, groups=groups)
+        if self.alone:
+            shifts = (source - base)[:, numbers]
+            return ops.latent_sweep(base, numbers[:, None], shifts[..., None], self.network, effect, groups=groups)
+        labels = target.labels.to(base.device, torch.int32)
+        return ops.patch_mix(base, source, labels, numbers, self.network, effect, groups=groups)
 
     def _pass(self, a: Tensor) -> Tensor:
         for step in self.lead:
@@ -462,9 +473,9 @@ class _Kernel:
         return a
 
 
-def _kernel_behind(one: Trace, value: Value, values: dict[Value, Tensor]) -> _Kernel | None:
-    """The kernel for what is behind a value, judged on a pass of one row; None where there is none."""
-    if value not in values or values[value].ndim != 2 or backend_for(values[value]) in (None, "reference"):
+def _kernel_behind(one: Trace, value: Value, values: dict[Value, Tensor], target: Target) -> _Kernel | None:
+    """The kernel for what is behind a site, judged on a pass of one row; None where there is none."""
+    if value not in values or values[value].ndim not in (2, 4):
         return None
     lead: list[Step] = []
     while True:
@@ -485,8 +496,13 @@ def _kernel_behind(one: Trace, value: Value, values: dict[Value, Tensor]) -> _Ke
         return program.run({value: a})[one.output]
 
     row = values[value]
-    recorded = record(call, row)
+    recorded = record(call, row, images=True)
     network = recorded.network
-    if network is None or not agrees(network, row, recorded.output.flatten(1)):
+    if network is None:
         return None
-    return _Kernel(tuple(lead), network, 2 * sum(network.multiplications()[1:]))
+    own = torch.arange(len(target.labels))
+    alone = isinstance(network.layers[0], Dense) and bool(((target.labels == own) | (target.labels < 0)).all())
+    kernel = backend_for(row, row=LATENT_SWEEP if alone else PATCH_MIX)
+    if kernel in (None, "reference") or not agrees(network, row, recorded.output.flatten(1)):
+        return None
+    return _Kernel(tuple(lead), network, alone, 2 * sum(network.multiplications()[int(alone) :]))

@@ -2,6 +2,7 @@
 
 from .effect_reduction import effect_reduction
 from .latent_sweep import latent_sweep
+from .patch_mix import patch_mix
 from .render_sprites import render_sprites
 from .sparse_adam import sparse_adam
 from .sparse_decode import sparse_decode
@@ -12,6 +13,7 @@ from .topk_encode import topk_encode
 __all__ = [
     "effect_reduction",
     "latent_sweep",
+    "patch_mix",
     "render_sprites",
     "sparse_adam",
     "sparse_decode",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +47,10 @@ class TransposedConvolution:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A decoder, layer by layer: dense ones, then transposed convolutions if any, then the link.
+    """A decoder, layer by layer: dense ones if any, then transposed convolutions if any, then the link.
 
-    grid: (C, h, w) as which the last dense layer's outputs enter the convolutions; None without these. crop: (H, W),
+    grid: (C, h, w) as which the last dense layer's outputs, or the input, enter the convolutions; None without these.
+    crop: (H, W),
     the top left part of the canvas that is the output; all of it if None. link: "identity", "sigmoid", or "softmax"
     over consecutive spans of the elements, of the sizes `spans`. The last layer has no activation.
     """
@@ -63,14 +65,16 @@ class Network:
         """The output's shape after each layer, a row's, the last one cropped: (N,) or (C, H, W). InputError if layers
         do not fit together."""
         shapes: list[tuple[int, ...]] = []
-        if not self.layers or not isinstance(self.layers[0], Dense):
-            raise InputError("network: its first layer must be Dense")
+        if not self.layers:
+            raise InputError("network: it has no layer")
+        if not isinstance(self.layers[0], Dense) and self.grid is None:
+            raise InputError("network: its first layer is a transposed convolution, which needs a grid (C, h, w)")
         for n, layer in enumerate(self.layers):
             dense = isinstance(layer, Dense)
             if layer.weight.ndim != (2 if dense else 4):
                 raise InputError(f"network: layer {n} has a weight of shape {tuple(layer.weight.shape)}")
             taken = layer.weight.shape[1 if dense else 0]
-            given = shapes[-1] if shapes else (taken,)
+            given = shapes[-1] if shapes else (taken,) if dense else tuple(self.grid or ())
             if dense and len(given) == 3:
                 raise InputError(f"network: layer {n} is Dense, behind a transposed convolution")
             if not dense and len(given) == 1:
@@ -78,7 +82,8 @@ class Network:
                     raise InputError(f"network: grid {self.grid} does not hold the {given[0]} outputs of layer {n - 1}")
                 given = tuple(self.grid)
             if given[0] != taken:
-                raise InputError(f"network: layer {n} takes {taken} inputs, but layer {n - 1} gives {given[0]}")
+                before = f"layer {n - 1}" if n else "the grid"
+                raise InputError(f"network: layer {n} takes {taken} inputs, but {before} gives {given[0]}")
             made = layer.weight.shape[0 if dense else 1]
             if layer.bias is not None and tuple(layer.bias.shape) != (made,):
                 raise InputError(f"network: layer {n} has a bias {tuple(layer.bias.shape)} for {made} outputs")
@@ -103,6 +108,11 @@ class Network:
         if self.link == "softmax" and (sum(self.spans) != math.prod(shapes[-1]) or min(self.spans, default=0) < 1):
             raise InputError(f"network: spans {self.spans} do not cover the {math.prod(shapes[-1])} elements")
         return shapes
+
+    def inputs(self) -> int:
+        """Elements of a row of the input."""
+        first = self.layers[0]
+        return first.weight.shape[1] if isinstance(first, Dense) else math.prod(self.grid or ())
 
     def multiplications(self) -> list[int]:
         """Multiply-adds of each layer for one row; those of transposed convolutions that fall off the canvas count."""
@@ -137,6 +147,21 @@ def latent_sweep(
     float64, else float32. Differentiable in z, shifts and the network's tensors: the gradient computes tiles anew.
     Deterministic. NaN in a group makes its effect NaN. InputError for wrong shapes, dtypes, devices or names.
     """
+    names = checked_names(effect, precision, network)
+    if not network.layers or not isinstance(network.layers[0], Dense):
+        raise InputError("network: its first layer must be Dense")
+    elements = math.prod(network.shapes()[-1])
+    _check(z, latents, shifts, network)
+    groups = (whole(elements) if groups is None else groups).to(z.device)
+    if groups.labels.numel() != elements:
+        raise InputError(f"groups: partition {groups.labels.numel()} elements, but an output has {elements}")
+    weights, biases, *rest = flattened(network, groups, names, precision)
+    out = _forward(z.contiguous(), latents.contiguous(), shifts.contiguous(), weights, biases, *rest)
+    return out.squeeze(-2) if isinstance(effect, str) else out
+
+
+def checked_names(effect: str | Sequence[str], precision: str, network: Network) -> tuple[str, ...]:
+    """The effects' names. InputError for one of them, or a precision, that is none."""
     names = (effect,) if isinstance(effect, str) else tuple(effect)
     for n, name in enumerate(names):
         if name not in KINDS or name in names[:n]:
@@ -147,13 +172,15 @@ def latent_sweep(
         raise InputError(f"precision: {precision!r} is unknown; known: {', '.join(reference.PRECISIONS)}")
     if "logit_mse" in names and network.link == "identity":
         raise InputError('effect: "logit_mse" is taken before the link, and this network has none (use "mse")')
-    elements = math.prod(network.shapes()[-1])
-    _check(z, latents, shifts, network)
-    groups = (whole(elements) if groups is None else groups).to(z.device)
-    if groups.labels.numel() != elements:
-        raise InputError(f"groups: partition {groups.labels.numel()} elements, but an output has {elements}")
+    return names
+
+
+def flattened(network: Network, groups: Groups, names: Sequence[str], precision: str) -> tuple:
+    """What registered ops take of a network: weights, biases, layout, ..., precision."""
     softmax = network.link == "softmax"
-    arguments = (
+    return (
+        [layer.weight.contiguous() for layer in network.layers],
+        [_bias(layer) for layer in network.layers],
         [number for layer in network.layers for number in _numbers(layer)],
         [float(layer.slope) for layer in network.layers],
         _shape(network),
@@ -165,20 +192,15 @@ def latent_sweep(
         torch.tensor([0, *network.spans]).cumsum(0).int() if softmax else torch.empty(0, dtype=torch.int32),
         reference.PRECISIONS.index(precision),
     )
-    weights = [layer.weight.contiguous() for layer in network.layers]
-    biases = [_bias(layer) for layer in network.layers]
-    out = _forward(z.contiguous(), latents.contiguous(), shifts.contiguous(), weights, biases, *arguments)
-    return out.squeeze(-2) if isinstance(effect, str) else out
 
 
 def outputs(network: Network, z: Tensor) -> Tensor:
-    """The network's outputs (R, P), after the link, for codes z (R, L); in plain torch."""
+    """The network's outputs (R, P), after the link, for inputs z (R, L); in plain torch."""
     weights = [layer.weight for layer in network.layers]
     biases = [_bias(layer) for layer in network.layers]
     layout = [number for layer in network.layers for number in _numbers(layer)]
     slopes = [layer.slope for layer in network.layers]
-    pre = torch.nn.functional.linear(z, weights[0], biases[0])
-    y = reference.logits(pre, weights, biases, layout, slopes, _shape(network))
+    y = reference.network(z.flatten(1), weights, biases, layout, slopes, _shape(network))
     return reference.linked(y, reference.LINKS.index(network.link), torch.tensor([0, *network.spans]).cumsum(0))
 
 
@@ -357,9 +379,31 @@ def _cpp_forward(
     precision: int,
 ) -> Tensor:
     samples, interventions, at_once = shifts.shape
-    groups = offsets.numel() - 1
-    tensors = [t.contiguous() for t in (z, latents, shifts, labels, spans)]
+    given = [t.contiguous() for t in (z, latents, shifts)]
+    out = torch.empty((samples, interventions, len(kinds), offsets.numel() - 1), dtype=torch.float32)
+    with_network = (weights, biases, layout, slopes, shape, labels, kinds, link, spans, out)
+    with cpp_network(*with_network) as network:
+        _native.cpp().latent_sweep(*(_native.address(t) for t in given), z.shape[1], at_once, network)
+    return out
+
+
+@contextlib.contextmanager
+def cpp_network(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    layout: Sequence[int],
+    slopes: Sequence[float],
+    shape: Sequence[int],
+    labels: Tensor,
+    kinds: Sequence[int],
+    link: int,
+    spans: Tensor,
+    out: Tensor,
+) -> Iterator[tuple]:
+    """What C++ kernels take of a network whose effects go to `out` (B, J, E, G); its addresses hold within."""
+    samples, interventions, _, groups = out.shape
     weights, biases = [w.contiguous() for w in weights], [b.contiguous() for b in biases]
+    labels, spans = labels.contiguous(), spans.contiguous()
     layers, products, pixels, grid = [], 0, 1, shape[1:3]
     for n, weight in enumerate(weights):
         kind, activation, *geometry = layout[reference.LAYER * n : reference.LAYER * (n + 1)]
@@ -370,16 +414,13 @@ def _cpp_forward(
             grid = reference.output_grid(grid, kernel, geometry)
         layers.append((kind, activation, taken, made, *kernel, *geometry))
         products += pixels * weight.numel()
-    out = torch.empty((samples, interventions, len(kinds), groups), dtype=torch.float32)
-    _native.cpp().latent_sweep(
-        *(_native.address(t) for t in tensors[:3]),
-        (*z.shape, interventions, at_once, labels.numel(), groups),
+    yield (
+        (samples, interventions, labels.numel(), groups),
         *([_native.address(w) for w in weights], [_native.address(b) for b in biases], layers, slopes, shape),
-        *(_native.address(tensors[3]), kinds, link, _native.address(tensors[4]), max(spans.numel() - 1, 0)),
+        *(_native.address(labels), kinds, link, _native.address(spans), max(spans.numel() - 1, 0)),
         # One element's worth of work is about as long as 32 products.
         *(_native.address(out), _native.threads(samples * interventions * products // 32)),
     )
-    return out
 
 
 def _load_reference():

@@ -80,16 +80,48 @@ def logits(
     """First pre-activations (R, H) -> outputs before the link (R, P)."""
     h = activate(pre, layout[1], slopes[0])
     for n in range(1, len(weights)):
-        kind, activation, *geometry = layout[LAYER * n : LAYER * (n + 1)]
-        if kind == TRANSPOSED and h.ndim == 2:
-            h = h.unflatten(1, tuple(shape[:3]))
-        h, weight = rounded(h, precision), rounded(weights[n], precision)
-        if kind == DENSE:
-            h = F.linear(h, weight, biases[n])
-        else:
-            stride, padding, output_padding = geometry[:2], geometry[2:4], geometry[4:]
-            h = F.conv_transpose2d(h, weight, biases[n], stride, padding, output_padding)
-        h = activate(h, activation, slopes[n])
+        h = _layer(h, n, weights, biases, layout, slopes, shape, precision)
+    return _cropped(h, shape)
+
+
+def network(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    layout: Sequence[int],
+    slopes: Sequence[float],
+    shape: Sequence[int],
+    precision: int = 0,
+) -> Tensor:
+    """Inputs (R, L) of the first layer, which is exact -> outputs before the link (R, P)."""
+    for n in range(len(weights)):
+        x = _layer(x, n, weights, biases, layout, slopes, shape, precision if n else 0)
+    return _cropped(x, shape)
+
+
+def _layer(
+    h: Tensor,
+    n: int,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    layout: Sequence[int],
+    slopes: Sequence[float],
+    shape: Sequence[int],
+    precision: int,
+) -> Tensor:
+    kind, activation, *geometry = layout[LAYER * n : LAYER * (n + 1)]
+    if kind == TRANSPOSED and h.ndim == 2:
+        h = h.unflatten(1, tuple(shape[:3]))
+    h, weight = rounded(h, precision), rounded(weights[n], precision)
+    if kind == DENSE:
+        h = F.linear(h, weight, biases[n])
+    else:
+        stride, padding, output_padding = geometry[:2], geometry[2:4], geometry[4:]
+        h = F.conv_transpose2d(h, weight, biases[n], stride, padding, output_padding)
+    return activate(h, activation, slopes[n])
+
+
+def _cropped(h: Tensor, shape: Sequence[int]) -> Tensor:
     return h[..., : shape[3], : shape[4]].flatten(1) if h.ndim == 4 else h
 
 
@@ -119,13 +151,27 @@ def forward(
     elements = base.shape[1]
     moved = logits(moved.flatten(0, 1), weights, biases, layout, slopes, shape, precision)
     moved = moved.view(*shifts.shape[:2], elements)
+    return effects(base, moved, labels, order, offsets, kinds, link, spans)
+
+
+def effects(
+    base: Tensor,
+    moved: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    kinds: Sequence[int],
+    link: int,
+    spans: Tensor,
+) -> Tensor:
+    """Effects (B, J, E, G) between outputs before the link: of moved (B, J, P) against base (B, P)."""
     raw = effect_reduction.KINDS.index("logit_mse")
     y0, y = (base, moved) if set(kinds) == {raw} else (linked(base, link, spans), linked(moved, link, spans))
-    effects = []
+    found = []
     for kind in kinds:
         pair = (base, moved) if kind == raw else (y0, y)
-        effects.append(effect_reduction.forward(*pair, labels, order, offsets, [kind], 0, False))
-    return torch.cat(effects, 2)
+        found.append(effect_reduction.forward(*pair, labels, order, offsets, [kind], 0, False))
+    return torch.cat(found, 2)
 
 
 def backward(

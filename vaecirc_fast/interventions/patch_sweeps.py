@@ -304,7 +304,9 @@ class _Sweep:
         self.effect, self.groups, self.recovery = effect, groups, recovery
         one = passes.trace(slice(0, 1), 1, [t.site for t in targets])
         start = dict(zip(one.inputs, passes.tensors(slice(0, 1)), strict=True))
-        values = one.everything().run(start, {v for step in one.steps for v in step.made if v is not None})
+        values = one.everything().run(
+            start, {v for step in one.steps for v in (*step.made, *(w for _, w in step.written)) if v}
+        )
         self.elements = values[one.output].numel()
         self.flops_of_a_pass, self.flops = sum(one.flops), 0
         downstream = [one.downstream([t.value(one)]) for t in targets]

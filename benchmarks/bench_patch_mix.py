@@ -38,7 +38,10 @@ def _behind(decoder: nn.Module, site: str) -> nn.Sequential:
         new = nn.ConvTranspose2d(old.in_channels, old.out_channels, 4, 2, 1)
         new.load_state_dict(old.state_dict())
         layers += [new.to(old.weight), nn.ReLU() if name != "ct4" else nn.Sigmoid()]
-    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    behind = nn.Sequential(*layers)
+    for p in behind.parameters():
+        p.data = p.data.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p.data
+    return behind
 
 
 def _cells(y: Tensor, base: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ CASES = {
     "channels": lambda: problem(halving(), of_images("channel", 20, 4), groups=partitions.cells(16, 16, 8)),
     "cells": lambda: problem(halving("tanh"), of_images("cell", 20, 4), groups=partitions.cells(16, 16, 8)),
     "scattered": lambda: problem(halving("silu", (8, 40)), groups=partitions.channels(40, 8, 8)),
-    "some units, one twice, one of nothing": lambda: problem(halving(), units=[3, 9, 0, 3]),
+    "some units, one twice, one of nothing": lambda: problem(halving(), units=[3, 9, 0, 3, 2**32 - 1]),
     "one convolution, few channels out": lambda: problem(halving(channels=(32, 1), side=9)),
     "one convolution, odd": lambda: problem(halving("elu", (17, 2), (6, 4), 5), samples=30),
     "softmax": lambda: problem(

@@ -169,8 +169,8 @@ def _cpp_forward(
     precision: int,
 ) -> Tensor:
     by_unit = owner.sort(stable=True)
-    starts = torch.searchsorted(by_unit.values, units.int())
-    stops = torch.searchsorted(by_unit.values, units.int(), right=True)
+    sorted_labels = by_unit.values.long()
+    starts, stops = (torch.searchsorted(sorted_labels, units, right=right) for right in (False, True))
     given = [t.contiguous() for t in (base, source, by_unit.indices, starts, stops)]
     out = torch.empty((len(base), len(units), len(kinds), offsets.numel() - 1), dtype=torch.float32)
     with_network = (weights, biases, layout, slopes, shape, labels, kinds, link, spans, out)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..groups import Groups
 from .engine import most_bytes
 from .patch_sweeps import LARGEST_TILE, Passes, Readout, Target, targets_at
 from .patching import inputs_of, run_with_cache, taken
 from .trace import Trace, Value, trace
 
+MOST_COLUMNS = 512  # groups whose means are a product
 REPRODUCES = 1024  # epsilons of the largest output: a program runs what the module runs, at the same shapes
 
 
@@ -155,6 +157,34 @@ class Holding:
         if not self._rest.reaches:
             return values[self._trace.output]
         return self._rest.run({**values, **now})[self._trace.output]
+
+
+class GroupMeans:
+    """Means of each group's elements, float64: (..., P) -> (..., G)."""
+
+    def __init__(self, groups: Groups, device: torch.device):
+        labels = groups.labels.to(device).long()
+        elements, self._count = len(labels), len(groups)
+        self._sizes = groups.sizes.double().to(device)
+        self._picked = None if bool((labels >= 0).all()) else (labels >= 0).nonzero()[:, 0]
+        self._labels = labels if self._picked is None else labels[self._picked]
+        self._alone = torch.equal(labels, torch.arange(elements, device=device))
+        self._matrix: Tensor | None = None
+        if 1 < self._count <= MOST_COLUMNS and not self._alone:
+            # adding by a product: index_add_ goes through the elements one by one
+            columns = torch.arange(self._count, device=device)
+            self._matrix = (self._labels[:, None] == columns).double()
+
+    def __call__(self, y: Tensor) -> Tensor:
+        if self._alone:
+            return y.double()
+        y = y if self._picked is None else y[..., self._picked]
+        if self._count == 1:
+            return y.sum(-1, keepdim=True, dtype=torch.float64) / self._sizes
+        if self._matrix is not None:
+            return y.double() @ self._matrix / self._sizes
+        sums = torch.zeros(*y.shape[:-1], self._count, dtype=torch.float64, device=y.device)
+        return sums.index_add_(-1, self._labels, y.double()) / self._sizes
 
 
 def mixed(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, MissingExtra
-from ..groups import Groups
+from ..groups import Groups, from_labels
 from ..metrics.causal import REPLICATES
 from ..metrics.statistics import resampled_interval, resampling_weights
 from .engine import slices
-from .forcing import Held, Holding, Pairs, chosen_units, chosen_whole
+from .forcing import GroupMeans, Held, Holding, Pairs, chosen_units, chosen_whole
 from .patching import Readout, device_of, inputs_of, quiet
 from .selection import parse, units
 from .trace import Trace, Value
@@ -282,18 +282,19 @@ class _Reading:
         self.names: tuple[str, ...] = ("output",)
         for n in shape:
             self.elements *= n
-        self._labels: Tensor | None = None
+        self._means: GroupMeans | None = None
         self.name = "outcome"
         if isinstance(outcome, str):
             self.name = outcome
-            self._labels = torch.where(_chosen(outcome, shape), 0, -1)
+            chosen = from_labels(torch.where(_chosen(outcome, shape), 0, -1))
+            self._means = GroupMeans(chosen, device)
         elif isinstance(outcome, Groups):
             self.name, self.names = "mean of each group of the output", outcome.names
             if outcome.labels.numel() != self.elements:
                 raise InputError(
                     f"outcome: groups partition {outcome.labels.numel()} elements, but the output has {self.elements}"
                 )
-            self._labels = outcome.labels.long()
+            self._means = GroupMeans(outcome, device)
         elif callable(outcome):
             self.name = getattr(outcome, "__name__", "outcome")
         else:
@@ -301,20 +302,14 @@ class _Reading:
                 'outcome: expected "output.mean", "output[...]", a callable y -> (rows,) or Groups, '
                 f"got {type(outcome).__name__}"
             )
-        if self._labels is not None:
-            self._picked = (self._labels >= 0).nonzero()[:, 0].to(device)
-            self._labels = self._labels.to(device)[self._picked]
-            self._sizes = torch.bincount(self._labels, minlength=len(self.names)).double()
 
     @property
     def grouped(self) -> bool:
         return isinstance(self.outcome, Groups)
 
     def __call__(self, y: Tensor) -> Tensor:
-        if self._labels is not None:
-            picked = y.flatten(1)[:, self._picked].double()
-            sums = torch.zeros(len(y), len(self.names), dtype=torch.float64, device=y.device)
-            found = sums.index_add_(1, self._labels, picked) / self._sizes
+        if self._means is not None:
+            found = self._means(y.flatten(1))
         else:
             assert callable(self.outcome)
             made = self.outcome(y)

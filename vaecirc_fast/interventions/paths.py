@@ -17,7 +17,7 @@ from ..metrics.causal import REPLICATES
 from ..metrics.statistics import resampled_interval, resampling_weights
 from ..ops import effect_reduction
 from .engine import slices
-from .forcing import Held, Holding, Pairs, chosen_units, chosen_whole, mixed
+from .forcing import GroupMeans, Held, Holding, Pairs, chosen_units, chosen_whole, mixed
 from .patch_sweeps import Target
 from .patching import Readout, device_of, inputs_of, quiet
 from .selection import Selection, is_pattern, parse, units
@@ -450,8 +450,7 @@ class _Sums:
         self.weights = torch.zeros(drawn, dtype=torch.float64)
         self.around = {n: torch.zeros(size, dtype=torch.float64) for n in bypassed}
         self.around_distances = {n: 0.0 for n in bypassed}
-        self._picked = (groups.labels >= 0).nonzero()[:, 0]
-        self._labels = groups.labels[self._picked].long()
+        self._means = GroupMeans(groups, groups.labels.device)
 
     def start(self, part: slice) -> None:
         """What is added next is of these samples, the first path first."""
@@ -480,9 +479,7 @@ class _Sums:
 
     def _by_group(self, change: Tensor) -> Tensor:
         """(B, n, G) float64: means of the groups' elements."""
-        sums = torch.zeros(*change.shape[:2], len(self.groups), dtype=torch.float64, device=change.device)
-        sums.index_add_(2, self._labels, change[..., self._picked])
-        return (sums / self.groups.sizes.to(change.device)).cpu()
+        return self._means(change).cpu()
 
     def _distance(self, change: Tensor) -> Tensor:
         """(B, n) of the whole vectors."""

@@ -1,50 +1,12 @@
-// Activation functions and softmax on vectors, for the CPU kernel `latent_sweep`; included by it alone.
+// Activation functions and softmax of whole rows, for the CPU kernel `latent_sweep`; included by it alone.
 #pragma once
 
-#include "effect_rows.h"
 #include "latent_sweep.h"
+#include "vector_math.h"
 
 namespace vaecirc {
 namespace VAECIRC_ISA {
 namespace {
-
-// e^-t - 1 for t >= 0, without cancellation near 0; NaN for NaN. As exp_negative, with 1 taken off before scaling.
-INLINE f32x16 expm1_negative(f32x16 t) {
-    constexpr float LAST = 87.33654f;
-    const f32x16 x = t > LAST ? f32x16{} - LAST : -t;
-    const float round = 12582912.0f;  // 1.5 * 2^23
-    const f32x16 n = (x * 1.44269504f + round) - round;
-    const f32x16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    f32x16 p = r * (1.0f / 40320) + 1.0f / 5040;
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * (r * r) + r;
-    const f32x16 scale = (f32x16)((__builtin_convertvector(n, i32x16) + 127) << 23);
-    return p * scale + (scale - 1.0f);
-}
-
-INLINE f32x16 activated(f32x16 x, Activation kind, float slope) {
-    switch (kind) {
-        case Activation::identity: return x;
-        case Activation::relu: return x < 0 ? f32x16{} : x;
-        case Activation::leaky_relu: return x < 0 ? x * slope : x;
-        case Activation::elu: {
-            const f32x16 below = expm1_negative(vabs<float>(x)) * slope;
-            return x > 0 ? x : below;
-        }
-        case Activation::sigmoid: return sigmoid<float>(x);
-        case Activation::tanh: {
-            const f32x16 m = expm1_negative(2 * vabs<float>(x));
-            const f32x16 y = m / (m + 2);  // of -|x|
-            return x > 0 ? -y : x == 0 ? x : y;
-        }
-        case Activation::silu: return x * sigmoid<float>(x);
-    }
-    return x;
-}
 
 template <Activation KIND>
 void activate_all(float* x, int64_t n, float slope) {

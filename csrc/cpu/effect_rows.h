@@ -10,82 +10,15 @@
 #include <string.h>
 
 #include "effect_reduction.h"
+#include "vector_math.h"
 
 namespace vaecirc {
 namespace VAECIRC_ISA {
 namespace {
 
-#define INLINE static inline __attribute__((always_inline))
-
 constexpr int64_t TILE = 1024;      // elements converted at once; a multiple of LANES
 constexpr int64_t MAX_SLOTS = 256;  // 16 KB of float accumulators: half of L1
 constexpr int64_t PREFETCH = 1024;  // elements ahead: the hardware stops at each 4 KB page
-
-template <class T>
-struct Vector;
-template <>
-struct Vector<float> {
-    typedef f32x16 type;
-    typedef f32x16u unaligned;
-    typedef i32x16 bits;
-    static constexpr int32_t ABS = 0x7fffffff;
-};
-typedef int64_t i64x16 __attribute__((vector_size(128)));
-template <>
-struct Vector<double> {
-    typedef f64x16 type;
-    typedef f64x16u unaligned;
-    typedef i64x16 bits;
-    static constexpr int64_t ABS = 0x7fffffffffffffff;
-};
-
-template <class T>
-INLINE typename Vector<T>::type vabs(typename Vector<T>::type x) {
-    typedef typename Vector<T>::bits bits;
-    return (typename Vector<T>::type)((bits)x & Vector<T>::ABS);
-}
-
-// e^-t for t >= 0; 0 beyond the normal range, NaN for NaN. Cody-Waite reduction and Taylor polynomial; < 2 ulp.
-INLINE f32x16 exp_negative(f32x16 t) {
-    constexpr float LAST = 87.33654f;  // e^-t is the smallest normal number
-    const f32x16 x = t > LAST ? f32x16{} - LAST : -t;
-    const float round = 12582912.0f;  // 1.5 * 2^23
-    const f32x16 n = (x * 1.44269504f + round) - round;
-    const f32x16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    f32x16 p = r * (1.0f / 5040) + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const i32x16 scale = (__builtin_convertvector(n, i32x16) + 127) << 23;
-    const f32x16 e = p * (f32x16)scale;
-    return t > LAST ? f32x16{} : e;
-}
-
-INLINE f64x16 exp_negative(f64x16 t) {
-    constexpr double LAST = 708.3964185322641;
-    const f64x16 x = t > LAST ? f64x16{} - LAST : -t;
-    const double round = 6755399441055744.0;  // 1.5 * 2^52
-    const f64x16 n = (x * 1.4426950408889634 + round) - round;
-    const f64x16 r = (x - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;
-    f64x16 p = f64x16{} + 1.0 / 6227020800.0;
-    const double inverse_factorial[] = {
-        1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
-        1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5,          1.0,         1.0};
-    for (double c : inverse_factorial) p = p * r + c;
-    const i64x16 scale = (__builtin_convertvector(n, i64x16) + 1023) << 52;
-    const f64x16 e = p * (f64x16)scale;
-    return t > LAST ? f64x16{} : e;
-}
-
-template <class T>
-INLINE typename Vector<T>::type sigmoid(typename Vector<T>::type x) {
-    const typename Vector<T>::type e = exp_negative(vabs<T>(x));
-    const typename Vector<T>::type s = (T)1 / (e + (T)1);
-    return x < (T)0 ? e * s : s;
-}
 
 template <class T>
 void apply_sigmoid(const T* x, T* y, int64_t n) {

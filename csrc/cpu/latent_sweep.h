@@ -11,7 +11,6 @@
 namespace vaecirc {
 
 // In the order of vaecirc_fast/reference/latent_sweep.py.
-enum class Activation : int { identity = 0, relu, leaky_relu, elu, sigmoid, tanh, silu };
 enum class SweepLink : int { identity = 0, sigmoid, softmax };
 
 struct SweepLayer {

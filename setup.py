@@ -15,6 +15,7 @@ from setuptools import find_packages, setup
 from setuptools.errors import CompileError
 
 OPS = [
+    "direct_edges",
     "effect_reduction",
     "latent_sweep",
     "render_sprites",
@@ -25,7 +26,7 @@ OPS = [
     "topk_encode",
 ]  # with a C++ kernel
 KERNELS = [f"csrc/cpu/{op}.cpp" for op in OPS]
-SHARED = ["activations", "effect_rows", "panels", "topk_select"]
+SHARED = ["activations", "effect_rows", "panels", "topk_select", "vector_math"]
 HEADERS = ["csrc/common.h", "csrc/sparse_entries.h", *(f"csrc/cpu/{name}.h" for name in [*SHARED, *OPS])]
 FLAGS = ["-O3", "-std=gnu++17", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 # _native.py picks the widest set this processor has. Other architectures get the baseline alone.

@@ -118,8 +118,8 @@ def missing_from_rows(root: Path) -> list[str]:
         for backend, bindings in (("cpp", "csrc/bindings_cpu.cpp"), ("cuda", "csrc/bindings_cuda.cpp")):
             if cells.get(backend, "") is None and f'"{op}"' not in (root / bindings).read_text():
                 complaints.append(f"{op}: is not in {bindings}")
-    # Of all CUDA kernels, of topk and topk_encode, of effect_reduction and latent_sweep, and parts of the latter.
-    shared = {"__init__", "device", "topk_select", "effect_rows", "activations", "panels"}
+    # Of several kernels, and parts of latent_sweep.
+    shared = {"__init__", "device", "topk_select", "effect_rows", "activations", "panels", "vector_math"}
     for pattern in ("vaecirc_fast/reference/*.py", "triton_kernels/*.py", "csrc/cpu/*.*", "csrc/cuda/*.*"):
         for path in root.glob(pattern):
             if path.stem not in rows.keys() | shared:

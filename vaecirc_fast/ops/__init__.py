@@ -1,5 +1,6 @@
 """The ops: one file each, with its checks, its schema, its gradient and its table of kernels."""
 
+from .direct_edges import direct_edges
 from .effect_reduction import effect_reduction
 from .latent_sweep import latent_sweep
 from .render_sprites import render_sprites
@@ -10,6 +11,7 @@ from .topk import topk
 from .topk_encode import topk_encode
 
 __all__ = [
+    "direct_edges",
     "effect_reduction",
     "latent_sweep",
     "render_sprites",

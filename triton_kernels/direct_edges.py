@@ -94,7 +94,7 @@ def _operands(pairs=64, parents=256, children=256):
 # Launches that are compiled for GPUs which are not at hand, and instructions that their machine code must hold: see
 # tests/compile_gate.py.
 GATE = {
-    "relu l1": (lambda: forward(*_operands(), 1, 0.0, 0), ("LDG.E", "STG.E", "FFMA")),
+    "relu l1": (lambda: forward(*_operands(), 1, 0.0, 0), ("LDG.E", "STG.E", "80:FFMA", "90:FFMA")),
     "elu rms, odd sizes": (
         lambda: forward(*_operands(7, 37, 19), 3, 1.0, 2),
         ("LDG.E", "MUFU.EX2"),

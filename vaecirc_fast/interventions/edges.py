@@ -22,7 +22,7 @@ from .engine import most_bytes, slices
 from .networks import ACTIVATIONS, RESHAPES
 from .patch_sweeps import value_at
 from .patching import device_of, inputs_of, quiet, run_with_cache, taken
-from .trace import Step, Trace, Value, trace
+from .trace import Place, Step, Trace, Value, trace
 
 if TYPE_CHECKING:
     import pandas
@@ -274,10 +274,9 @@ def _joined(module: nn.Module, args: tuple, rows: int, parent: str, child: str) 
         return y if isinstance(y, Tensor) else _first_tensor(y)
 
     made, _ = trace(module, call, [one[n] for n in where], [parent, child])
-    places = {name: made.places.get(name) for name in (parent, child)}
-    start = value_at(places[parent].outputs if places[parent] else [], parent)
-    read = value_at(places[child].inputs if places[child] else [], f"{child}.input")
-    pre = value_at(places[child].outputs if places[child] else [], child)
+    above, below = (made.places.get(name, Place()) for name in (parent, child))
+    start, read = value_at(above.outputs, parent), value_at(below.inputs, f"{child}.input")
+    pre = value_at(below.outputs, child)
     _refuse_what_lies_between(made, start, read, parent, child)
     inputs = dict(zip(made.inputs, [one[n] for n in where], strict=True))
     values = made.everything().run(inputs, {start, read, pre})
@@ -427,20 +426,10 @@ class _Engine:
 
             return single
         if isinstance(layer, _TRANSPOSED) and whole_channels and plain:
-            convolve = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[change.ndim - 2]
 
             def single(units: slice) -> Tensor:
                 weight = layer.weight.detach()[units]
-                out = convolve(
-                    change[:, units],
-                    weight,
-                    None,
-                    layer.stride,
-                    layer.padding,
-                    layer.output_padding,
-                    len(weight),
-                    layer.dilation,
-                )
+                out = _transposed(layer, change[:, units], weight, len(weight))
                 return out.unflatten(1, (len(weight), -1))
 
             return single
@@ -465,10 +454,14 @@ def _product(layer: Any, x: Tensor) -> Tensor:
     weight = layer.weight.detach()
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight)
-    if isinstance(layer, _CONVOLUTIONS):
+    if not isinstance(layer, _TRANSPOSED):
         return layer._conv_forward(x, weight, None)  # with any padding mode
+    return _transposed(layer, x, weight, layer.groups)
+
+
+def _transposed(layer: Any, x: Tensor, weight: Tensor, groups: int) -> Tensor:
     convolve = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[x.ndim - 2]
-    return convolve(x, weight, None, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+    return convolve(x, weight, None, layer.stride, layer.padding, layer.output_padding, groups, layer.dilation)
 
 
 def _refuse_other_layers(layer: nn.Module, child: str, change: Tensor, moved: Tensor) -> None:

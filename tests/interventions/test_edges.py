@@ -1,5 +1,7 @@
 """Direct edges of any module against loops of hooks that freeze everything else, one unit at a time."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from close import assert_close
@@ -81,7 +83,7 @@ def naive(module, after, x_base, x_source, parent, child, kind, features_last=Fa
 
     base, source = run(x_base), run(x_source)
     axis = -1 if features_last else 1
-    columns, size, most = [], float(after(base["child"]).abs().max()) + float(base["child"].abs().max()), 0.0
+    columns, size, most = [], float(after(base["child"]).detach().abs().max()) + float(base["child"].abs().max()), 0.0
     for u in range(base["parent"].shape[axis]):
         d = after(run(x_base, u, source["parent"])["child"]) - after(base["child"])
         d = d.movedim(axis, 0).flatten(1).detach()
@@ -150,6 +152,38 @@ def test_residual(parent, child, after):
     check(direct_edges(module, x, y, "first", "fc1").tensor, naive(module, torch.relu, x, y, "first", "fc1", "l1"))
 
 
+@pytest.mark.parametrize(("parent", "child"), [("0.input", "0"), ("0", "2")])
+def test_a_planted_circuit_exactly(parent, child):
+    """The kink's numbers are dyadic, so edges by fractions are edges to the bit; latents are the first input."""
+    planted = next(p for p in vf.planted.all() if p.name == "relu_kink")
+    net, x = planted.decoder, planted.z
+    y = x.flip(0)
+    found = direct_edges(net, x, y, parent, child).tensor
+
+    def fractions(t):
+        return [[Fraction(float(v)) for v in row] for row in t.detach()]
+
+    def layer(rows, linear):
+        return [[sum(w * a for w, a in zip(ws, row, strict=True)) + b for ws, b in linear] for row in rows]
+
+    first, last = (
+        list(zip(fractions(m.weight), [Fraction(float(b)) for b in m.bias.detach()], strict=True))
+        if m.bias is not None
+        else [(ws, Fraction(0)) for ws in fractions(m.weight)]
+        for m in (net[0], net[2])
+    )
+    base, source = fractions(x), fractions(y)
+    chosen, f = first, lambda c: max(c, Fraction(0))
+    if child == "2":
+        base, source = ([[f(c) for c in row] for row in layer(rows, first)] for rows in (base, source))
+        chosen, f = last, lambda c: c
+    pre = layer(base, chosen)
+    for v, (weights, _) in enumerate(chosen):
+        for u, w in enumerate(weights):
+            moved = [abs(f(c[v] + w * (s[u] - b[u])) - f(c[v])) for c, b, s in zip(pre, base, source, strict=True)]
+            assert Fraction(float(found[v, u])) == sum(moved) / len(moved)
+
+
 def test_positions_of_a_sequence():
     module = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.ReLU(), nn.Conv1d(6, 2, 1)).double()
     x, y = torch.randn(2, 6, 3).double(), torch.randn(2, 6, 3).double()
@@ -178,6 +212,18 @@ def test_tiles_and_kinds_of_sd_do_not_depend_on_tiles():
         after = torch.cat([module[:4](x), module[:4](y)])
     check(whole.parent_sd, both.std(0, correction=0))
     check(whole.child_sd, after.std(0, correction=0))
+
+
+def test_a_unit_that_never_varies_has_no_edges_in_sd():
+    module, x, y = mlp(nn.Identity), torch.randn(9, 5).double(), torch.randn(9, 5).double()
+    with torch.no_grad():
+        module[0].weight[2], module[0].bias[2] = 0, 0.1
+        module[2].weight[4] = 0
+    E = direct_edges(module, x, y, "0", "2")
+    assert E.parent_sd[2] == 0 and E.child_sd[4] == 0 and (E.tensor[:, 2] == 0).all() and (E.tensor[4] == 0).all()
+    lost = torch.zeros(6, 7, dtype=torch.bool)
+    lost[:, 2], lost[4] = True, True
+    assert torch.equal(E.in_sd().isnan(), lost)
 
 
 def test_rescaling_a_unit_changes_nothing_in_sd():

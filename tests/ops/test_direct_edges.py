@@ -60,16 +60,16 @@ def check(tensors, backend, activation, kind, slope=None):
 SIZES = [(1, 1, 1), (3, 15, 2), (5, 16, 3), (4, 65, 66), (70, 37, 5), (129, 3, 64)]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_values(backend, activation, sizes):
-    if backend.interpreted and sizes[0] > 70:
-        sizes = (20, *sizes[1:])
-    for kind in KINDS[:: 3 if backend.interpreted else 1]:
-        check(problem(*sizes), backend, activation, kind)
+def test_values(backend, sizes):
+    if backend.interpreted:
+        sizes = (min(sizes[0], 9), *sizes[1:])
+    for activation in ACTIVATIONS:
+        for kind in KINDS[:: 3 if backend.interpreted else 1]:
+            check(problem(*sizes), backend, activation, kind)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 20), st.sampled_from(ACTIVATIONS), st.integers(0, 99))
 def test_any_problem(backend, pairs, parents, children, activation, seed):
     slope = {"leaky_relu": 0.3, "elu": 0.7}.get(activation)
@@ -184,12 +184,10 @@ def test_no_units(backend):
         assert vf.ops.direct_edges(*tensors).shape == (children, parents)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("what", range(4), ids=["base", "source", "weight", "pre"])
-def test_nan_spoils_what_it_enters_and_nothing_else(backend, activation, what):
+def test_nan_spoils_what_it_enters_and_nothing_else(backend, what):
     tensors = problem()
     tensors[what][1, 2] = math.nan
-    out = vf.ops.direct_edges(*(t.to(backend.device) for t in tensors), activation).cpu()
     spoilt = torch.zeros(6, 7, dtype=torch.bool)
     if what < 2:
         spoilt[:, 2] = True
@@ -197,7 +195,9 @@ def test_nan_spoils_what_it_enters_and_nothing_else(backend, activation, what):
         spoilt[1, 2] = True
     else:
         spoilt[2] = True
-    assert torch.equal(out.isnan(), spoilt)
+    for activation in ACTIVATIONS:
+        out = vf.ops.direct_edges(*(t.to(backend.device) for t in tensors), activation).cpu()
+        assert torch.equal(out.isnan(), spoilt), activation
 
 
 def test_infinite_pre_activations(backend):

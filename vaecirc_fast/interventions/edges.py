@@ -134,10 +134,10 @@ def direct_edges(
 
     One unit of the parent takes its value from x_source's run, all else is frozen at x_base's, and the child is read
     after its own activation: x_base receives, x_source gives, pair by pair, tensors (N, ...) or tuples of arguments.
-    parent: any module whose output the child's layer reads through nothing but activations, eval-mode batch norm and
-    reshapes; child: a Linear, Conv or ConvTranspose module that runs once. Units: elements of a vector, channels
-    otherwise; of several positions the child's mean is taken. kind: "l1", "mse", "rms" or "signed", over pairs and
-    positions. replicates: of a bootstrap over pairs, (R, V, U) floats. tile: pairs of one pass, 256.
+    parent: a module whose output, or "path.input" whose input, the child's layer reads through nothing but activations,
+    eval-mode batch norm and reshapes; child: a Linear, Conv or ConvTranspose module that runs once. Units: elements of
+    a vector, channels otherwise; of several positions the child's mean is taken. kind: "l1", "mse", "rms" or "signed",
+    over pairs and positions. replicates: of a bootstrap over pairs, (R, V, U) floats. tile: pairs of one pass, 256.
 
     Linear children with known activations take the op `vf.ops.direct_edges`; the rest is unrolled in torch, in tiles.
     In eval mode, without gradients. InputError names what lies between the sites, or which site does not fit.
@@ -183,8 +183,8 @@ def direct_edges(
             ("parent", joined.by_unit(torch.cat([base, source]))),
             ("child", _channels(joined.after(torch.cat([pre, given[child]])), joined.last)),
         ):
-            first = sums.get(f"{name} first", both.double().mean((0, 2)))  # moments about it: squares do not cancel
-            sums.setdefault(f"{name} first", first)
+            # Moments about the first value: those of a unit that never varies are 0, without rounding.
+            first = sums.setdefault(f"{name} first", both[0, :, 0].double())
             moved = both.double() - first[:, None]
             update |= {f"{name} sum": moved.sum((0, 2)), f"{name} squares": moved.square().sum((0, 2))}
             update[f"{name} count"] = torch.tensor(float(both.shape[0] * both.shape[2]))
@@ -223,9 +223,15 @@ def _sd(sums: dict[str, Tensor], name: str) -> Tensor:
     return (sums[f"{name} squares"] / sums[f"{name} count"] - mean.square()).clamp(min=0).sqrt()
 
 
+def _site(parent: str) -> tuple[str, bool]:
+    """The path of a parent, and whether it is what goes into that module."""
+    path = parent.removesuffix(".input")
+    return path, path != parent
+
+
 def _layer(module: nn.Module, parent: str, child: str) -> nn.Module:
     modules = {name: m for name, m in module.named_modules() if name}
-    for name, site in (("parent", parent), ("child", child)):
+    for name, site in (("parent", _site(parent)[0]), ("child", child)):
         if site not in modules:
             known = ", ".join(list(modules)[:20]) or "no submodules"
             raise InputError(f"{name}: no module is called {site!r}; the module has {known}")
@@ -273,9 +279,11 @@ def _joined(module: nn.Module, args: tuple, rows: int, parent: str, child: str) 
         y = module(*full)
         return y if isinstance(y, Tensor) else _first_tensor(y)
 
-    made, _ = trace(module, call, [one[n] for n in where], [parent, child])
-    above, below = (made.places.get(name, Place()) for name in (parent, child))
-    start, read = value_at(above.outputs, parent), value_at(below.inputs, f"{child}.input")
+    path, entering = _site(parent)
+    made, _ = trace(module, call, [one[n] for n in where], list({path, child}))
+    above, below = (made.places.get(name, Place()) for name in (path, child))
+    start = value_at(above.inputs if entering else above.outputs, parent)
+    read = value_at(below.inputs, f"{child}.input")
     pre = value_at(below.outputs, child)
     _refuse_what_lies_between(made, start, read, parent, child)
     inputs = dict(zip(made.inputs, [one[n] for n in where], strict=True))
@@ -286,7 +294,7 @@ def _joined(module: nn.Module, args: tuple, rows: int, parent: str, child: str) 
     modules = dict(module.named_modules())
     # Features are last in what a Linear reads and gives, first in images.
     same = shape == tuple(values[read].shape[1:])
-    axis = len(shape) - 1 if isinstance(modules[child if same else parent], nn.Linear) else 0
+    axis = len(shape) - 1 if isinstance(modules[child if same else path], nn.Linear) else 0
     numbers = torch.arange(shape[axis]).view([-1 if n == axis else 1 for n in range(len(shape))])
     last = isinstance(modules[child], nn.Linear)
     steps, activation, slope, name = _activation(made, pre)
@@ -299,16 +307,13 @@ def _first_tensor(y: Any) -> Any:
     return next((t for t in tree_iter(y) if isinstance(t, Tensor)), y)
 
 
-def _maker(made: Trace, value: Value) -> Step | None:
-    return next((s for s in made.steps if value in (*s.made, *(v for _, v in s.written))), None)
-
-
 def _refuse_what_lies_between(made: Trace, start: Value, read: Value, parent: str, child: str) -> None:
     """Goes from what the child reads back to the parent's output."""
+    makers = {v: step for step in made.steps for v in (*step.made, *(v for _, v in step.written)) if v is not None}
     value = read
     while value != start:
-        step = _maker(made, value)
-        if step is None or start not in _ancestors(made, value):
+        step = makers.get(value)
+        if step is None or not _comes_from(makers, value, start):
             raise InputError(f"{child}: does not read what {parent} gives; expected neighbouring layers")
         known = step.func in ACTIVATIONS or step.func in _OTHERS or step.func in RESHAPES or step.func in _NORMS
         if not known or len(step.reads) != 1:
@@ -319,15 +324,14 @@ def _refuse_what_lies_between(made: Trace, start: Value, read: Value, parent: st
         value = step.reads[0]
 
 
-def _ancestors(made: Trace, value: Value) -> set[Value]:
+def _comes_from(makers: dict[Value, Step], value: Value, start: Value) -> bool:
     found, todo = {value}, [value]
     while todo:
-        step = _maker(made, todo.pop())
-        for v in step.reads if step else ():
-            if v not in found:
-                found.add(v)
-                todo.append(v)
-    return found
+        step = makers.get(todo.pop())
+        fresh = [v for v in (step.reads if step else ()) if v not in found]
+        found.update(fresh)
+        todo += fresh
+    return start in found
 
 
 def _activation(made: Trace, pre: Value) -> tuple[tuple[Step, ...], str, float, str]:

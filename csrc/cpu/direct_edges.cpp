@@ -94,8 +94,8 @@ void tile(const DirectEdges& a, int64_t v0, int64_t u0) {
             memset(row + parents, 0, (PARENTS - parents) * sizeof(float));
         }
         for (int64_t v = v0; v < v0 + children; ++v) {
-            for (int64_t b = 0; b < pairs; ++b) pre[b] = a.pre[(b0 + b) * a.V + v];
-            for (int64_t b = pairs; b < PAIRS; ++b) pre[b] = 0;
+            memcpy(pre, a.pre + v * a.B + b0, pairs * sizeof(float));
+            memset(pre + pairs, 0, (PAIRS - pairs) * sizeof(float));
             for (int64_t b = 0; b < pairs; b += WIDTH)
                 *(Register*)(after + b) = activated(*(const Register*)(pre + b), KIND, a.slope);
             for (int64_t b = 0; b < pairs; ++b) {

@@ -14,7 +14,7 @@ enum class EdgeKind : int { l1 = 0, mse = 1, rms = 2, signed_mean = 3 };
 struct DirectEdges {
     const float* change;  // (B, U) source less base activations of the parents
     const float* weight;  // (V, U)
-    const float* pre;     // (B, V) pre-activations of the children
+    const float* pre;     // (V, B) pre-activations of the children
     int64_t B, U, V;      // B > 0
     int activation;       // of enum Activation, other than identity
     float slope;          // of leaky_relu; elu's alpha

@@ -180,7 +180,7 @@ def _without_activation(base: Tensor, source: Tensor, weight: Tensor, pre: Tenso
 def _cpp(base: Tensor, source: Tensor, weight: Tensor, pre: Tensor, activation: int, slope: float, kind: int):
     if ACTIVATIONS[activation] == "identity":
         return _without_activation(base, source, weight, pre, kind)
-    change, weight, pre = (source - base).contiguous(), weight.contiguous(), pre.contiguous()
+    change, weight, pre = (source - base).contiguous(), weight.contiguous(), pre.T.contiguous()
     (pairs, parents), children = change.shape, len(weight)
     out = torch.empty(children, parents, dtype=weight.dtype)
     _native.cpp().direct_edges(

@@ -12,7 +12,7 @@ $(VENV)/built: pyproject.toml constraints.txt setup.py $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) setuptools pybind11
-	$(PIP) --no-build-isolation --editable '.[xarray,arrow,test,lint]'
+	$(PIP) --no-build-isolation --editable '.[xarray,arrow,graph,test,lint]'
 	touch $@
 
 # Train, intervene, measure, report: a few minutes on two cores. A GPU is used where there is one.

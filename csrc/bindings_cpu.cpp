@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common.h"
+#include "cpu/direct_edges.h"
 #include "cpu/effect_reduction.h"
 #include "cpu/latent_sweep.h"
 #include "cpu/patch_mix.h"
@@ -27,6 +28,7 @@ namespace {
 
 struct Kernels {
     const char* set;
+    void (*direct_edges)(const DirectEdges&);
     bool (*effect_reduction)(const EffectReduction&);
     bool (*effect_reduction_backward)(const EffectReductionBackward&);
     bool (*latent_sweep)(const LatentSweep&);
@@ -48,6 +50,7 @@ struct Kernels {
 
 #define VAECIRC_KERNELS(set)         \
     {#set,                           \
+     set::direct_edges,              \
      set::effect_reduction,          \
      set::effect_reduction_backward, \
      set::latent_sweep,              \
@@ -160,6 +163,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_instruction_set", &set_instruction_set);
     m.def("instruction_set", [] { return chosen->set; });
 
+    m.def("direct_edges", [](uintptr_t change, uintptr_t weight, uintptr_t pre, int64_t B, int64_t U, int64_t V,
+                             int activation, float slope, int kind, uintptr_t out, int threads) {
+        py::gil_scoped_release release;
+        chosen->direct_edges({at<float>(change), at<float>(weight), at<float>(pre), B, U, V, activation, slope,
+                              EdgeKind(kind), at<float>(out), threads});
+    });
     m.def("effect_reduction",
           [](uintptr_t base, uintptr_t perturbed, uintptr_t labels, int dtype, int link, int64_t B, int64_t I,
              int64_t P, int64_t G, const std::vector<int32_t>& kinds, bool sum, uintptr_t out, int threads) {

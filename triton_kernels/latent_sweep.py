@@ -47,7 +47,7 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _activate(x, slope, ACTIVATION: tl.constexpr):
+def activate(x, slope, ACTIVATION: tl.constexpr):
     if ACTIVATION == RELU:
         return tl.where(x < 0, 0.0, x)  # and NaN stays
     if ACTIVATION == LEAKY_RELU:
@@ -165,7 +165,7 @@ def _first_kernel(
         latent = tl.load(latents + j * K + k, mask=valid, other=0)
         shift = tl.load(shifts + row * K + k, mask=valid, other=0.0)
         x += shift[:, None] * tl.load(columns + latent[:, None] * N + n[None, :], mask=inside, other=0.0)
-    x = _rounded(_activate(x, slope, ACTIVATION), DROPPED)
+    x = _rounded(activate(x, slope, ACTIVATION), DROPPED)
     tl.store(out + r[:, None] * N + n[None, :], x.to(out.dtype.element_ty), mask=inside)
 
 
@@ -220,7 +220,7 @@ def _dense_kernel(
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     total = _product(x, w, r, n, rows, N, D, UPCAST, PRECISION, BLOCK_R, BLOCK_N, BLOCK_D)
     total += tl.load(bias + n, mask=n < N, other=0.0)[None, :]
-    total = _rounded(_activate(total, slope, ACTIVATION), DROPPED)
+    total = _rounded(activate(total, slope, ACTIVATION), DROPPED)
     inside = (r < rows)[:, None] & (n < N)[None, :]
     tl.store(out + r[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside)
 
@@ -331,7 +331,7 @@ def _phase(
         ws = _load(of_tap + n[None, :] * C + c[:, None], (n < N)[None, :] & (c < C)[:, None], UPCAST)
         total = tl.dot(xs, ws, total, input_precision=PRECISION)
     total += tl.load(bias + n, mask=n < N, other=0.0)[None, :]
-    return _rounded(_activate(total, slope, ACTIVATION), DROPPED)
+    return _rounded(activate(total, slope, ACTIVATION), DROPPED)
 
 
 @triton.jit(do_not_specialize=["rows"])

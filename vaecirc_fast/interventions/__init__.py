@@ -2,6 +2,7 @@
 
 from .attribution import Attribution, attribute
 from .codes import Codes, code_sweep
+from .edges import DirectEdges, direct_edges
 from .effects import Effects
 from .inputs import InputEffects, factor_pairs, input_effects, mask_region, noise_region, redraw_columns
 from .interactions import Interactions, latent_interactions
@@ -18,6 +19,7 @@ __all__ = [
     "Attribution",
     "Cache",
     "Codes",
+    "DirectEdges",
     "Effects",
     "InputEffects",
     "Interactions",
@@ -29,6 +31,7 @@ __all__ = [
     "ablate",
     "attribute",
     "code_sweep",
+    "direct_edges",
     "effect_strength",
     "factor_pairs",
     "input_effects",

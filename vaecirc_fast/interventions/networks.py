@@ -37,7 +37,7 @@ ACTIVATIONS = {
     aten.silu_.default: "silu",
 }
 # What leaves the elements of a row as they are and in their order.
-_RESHAPES = (
+RESHAPES = (
     aten.view.default,
     aten._unsafe_view.default,
     aten._reshape_alias.default,
@@ -170,7 +170,7 @@ class _Recorder(TorchDispatchMode):
         if position is None or any(id(t) in self.known for t in others):
             return f"{name} branches off the chain of layers"
         if self.link != "identity":
-            if func in _RESHAPES and out.shape[:1] == before.shape[:1]:
+            if func in RESHAPES and out.shape[:1] == before.shape[:1]:
                 self.current = out
                 return None
             return f"{name} follows the {self.link}"
@@ -193,7 +193,7 @@ class _Recorder(TorchDispatchMode):
             crop = self.crop or tuple(before.shape[2:])
             self.crop = (out.shape[2], crop[1]) if args[1] == 2 else (crop[0], out.shape[3])
             reason = None if (args[4] if len(args) > 4 else 1) == 1 else f"{name} takes every other element"
-        elif func in _RESHAPES and out.shape[:1] == before.shape[:1]:
+        elif func in RESHAPES and out.shape[:1] == before.shape[:1]:
             reason = None
         else:
             return f"{name} is no layer that the kernels know"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from . import patching
 from .attribution import Attribution, attribute
+from .edges import DirectEdges, direct_edges
 from .mediation import Mediation, mediate
 from .patch_sweeps import PatchEffects, ablate, patch_sweep
 from .patching import Cache
@@ -93,6 +94,10 @@ class Wrapped:
     def path_patch(self, x_base: Any, x_source: Any, path: str, **options: Any) -> PathEffects:
         """What the change does along a path of sites alone; see `interventions.path_patch`."""
         return path_patch(self.module, x_base, x_source, path, **options)
+
+    def direct_edges(self, x_base: Any, x_source: Any, parent: str, child: str, **options: Any) -> DirectEdges:
+        """Direct effects of every unit of a layer on every unit of the next; see `interventions.direct_edges`."""
+        return direct_edges(self.module, x_base, x_source, parent, child, **options)
 
     def _trace(self, example: Any) -> dict[str, tuple[tuple[int, ...] | None, int]]:
         """Shape and downstream FLOPs of each site that a forward pass on the example reaches, in order of execution."""

@@ -3,6 +3,7 @@
 from . import statistics
 from .activity import active_units, posterior_scale_from
 from .causal import ces, model_ces, model_specificity, specificity
+from .graph import CircuitGraph, CircuitModularity, circuit_graph, circuit_modularity
 from .mig import Mig, mig
 from .reconstruction import (
     ReconstructionReport,
@@ -15,12 +16,16 @@ from .statistics import Estimate
 from .units import assignment, isolation, polysemanticity
 
 __all__ = [
+    "CircuitGraph",
+    "CircuitModularity",
     "Estimate",
     "Mig",
     "ReconstructionReport",
     "active_units",
     "assignment",
     "ces",
+    "circuit_graph",
+    "circuit_modularity",
     "isolation",
     "loss_floor",
     "mean_image_loss",

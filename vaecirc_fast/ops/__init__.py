@@ -1,5 +1,6 @@
 """The ops: one file each, with its checks, its schema, its gradient and its table of kernels."""
 
+from .direct_edges import direct_edges
 from .effect_reduction import effect_reduction
 from .latent_sweep import latent_sweep
 from .patch_mix import patch_mix
@@ -11,6 +12,7 @@ from .topk import topk
 from .topk_encode import topk_encode
 
 __all__ = [
+    "direct_edges",
     "effect_reduction",
     "latent_sweep",
     "patch_mix",

@@ -11,6 +11,8 @@ from vaecirc_fast import _registry
 
 # What runs emulated in every run of the tests; the rest is deep.
 EMULATED = {"test_values", "test_any_problem", "test_any_gradient", "test_gradients"}
+# What takes the interpreter long and shows little that float32 and the other backends do not; deep.
+LONG_INTERPRETED = {"test_vmap", "test_compiled_once_for_every_k"}
 M_PERTURB = -6  # glibc: fill what malloc gives with the complement of a byte
 
 
@@ -28,7 +30,12 @@ def poisoned_memory(poisoned):
 def pytest_collection_modifyitems(items):
     for item in items:
         backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
-        if isinstance(backend, Backend) and backend.emulated and item.originalname not in EMULATED:
+        if not isinstance(backend, Backend):
+            continue
+        if backend.emulated and item.originalname not in EMULATED:
+            item.add_marker(pytest.mark.deep)
+        half = item.originalname == "test_gradients" and torch.float16 in item.callspec.params.values()
+        if backend.interpreted and (half or item.originalname in LONG_INTERPRETED):
             item.add_marker(pytest.mark.deep)
 
 

@@ -29,6 +29,14 @@ def test_exact_where_all_behind_is_linear(outcome, tile):
     assert A.exact.abs().min() > 0
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_only_the_drawn_units_are_computed_exactly(seed):
+    module, (base, source) = linear_behind(), pairs()
+    A = attribute(module, base, source, ["1", "2", "3"], exact=4, seed=seed)
+    known = ~A.exact.isnan()
+    assert int(known.sum()) == 4 and torch.allclose(A.tensor[known], A.exact[known], rtol=1e-5, atol=1e-8)
+
+
 def test_against_the_formula():
     """Gradient times change, by autograd of the written-out network."""
     module, (base, source) = linear_behind(), pairs()

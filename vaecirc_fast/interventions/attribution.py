@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .engine import slices
-from .patch_sweeps import Passes, Target, patch_sweep, targets_at
+from .patch_sweeps import Passes, Sources, Sweep, Target, targets_at
 from .patching import Readout, device_of, inputs_of, quiet, run_with_cache, taken
 from .selection import Selection
 
@@ -108,24 +108,25 @@ def attribute(
         for part in slices(rows, min(rows, tile or TILE)):
             cache = run_with_cache(module, taken(source_args, rows, part), [t.site for t in targets])[1]
             total += _attributed(module, taken(args, rows, part), targets, cache, scalar)
-    labels = [(t.site, u) for t in targets for u in t.units]
-    truth = torch.full_like(total, torch.nan)
-    picks = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:exact].sort().values.tolist()
-    by_site: dict[str, list[int]] = {}
-    for at in picks:
-        by_site.setdefault(labels[at][0], []).append(at)
-    if picks:
-        options = {"unit": unit, "heads": heads, "effect": "signed", "replicates": 0, "tile": tile}
-        swept = patch_sweep(module, x_base, x_source, list(by_site), readout=lambda y: scalar(y)[:, None], **options)
-        found = dict(zip(zip(swept.sites, swept.units, strict=True), swept.whole().tolist(), strict=True))
-        for at in picks:
-            truth[at] = found[labels[at]]
-    result = Attribution(total / rows, tuple(s for s, _ in labels), tuple(u for _, u in labels), truth, rows)
-    seconds = time.perf_counter() - started
-    plan = f"one backward pass for {len(labels)} units, {seconds:.2f} s"
-    if picks:
+        labels = [(n, u) for n, t in enumerate(targets) for u in t.units]
+        picks = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:exact].sort().values
+        truth = torch.full_like(total, torch.nan)
+        if len(picks):
+            by_target: dict[int, list[int]] = {}
+            for n, u in (labels[at] for at in picks.tolist()):
+                by_target.setdefault(n, []).append(u)
+            picked = [replace(targets[n], units=tuple(numbers)) for n, numbers in by_target.items()]
+            sources = Sources(module, source_args, rows, "resample", None, seed)
+            with torch.no_grad():
+                sweep = Sweep(passes, picked, sources, "signed", None, False, tile)
+                truth[picks] = sweep.run(0, seed, started).whole()
+    result = Attribution(
+        total / rows, tuple(targets[n].site for n, _ in labels), tuple(u for _, u in labels), truth, rows
+    )
+    plan = f"one backward pass for {len(labels)} units"
+    if len(picks):
         plan += f"; on {len(picks)} of them, exact too, it is off by {100 * result.error:.0f} % (root mean square)"
-    return Attribution(result.tensor, result.sites, result.units, truth, rows, plan)
+    return replace(result, plan=f"{plan}; {time.perf_counter() - started:.2f} s")
 
 
 def _attributed(

@@ -148,8 +148,8 @@ def patch_sweep(
     with quiet(module, device_of(args)):
         passes = Passes(module, args, rows, readout)
         targets = targets_at(passes, sites, unit, heads)
-        sources = _Sources(module, source_args, rows, ablation, reference, seed)
-        sweep = _Sweep(passes, targets, sources, effect, groups, recovery, tile)
+        sources = Sources(module, source_args, rows, ablation, reference, seed)
+        sweep = Sweep(passes, targets, sources, effect, groups, recovery, tile)
         return sweep.run(replicates, seed, started)
 
 
@@ -263,7 +263,7 @@ def targets_at(
     return list(found.values())
 
 
-class _Sources:
+class Sources:
     """What units take, by site: activations of the samples that give, or ablations."""
 
     def __init__(self, module: nn.Module, args: Any, rows: int, ablation: str, reference: Any, seed: int):
@@ -287,14 +287,14 @@ class _Sources:
         return [cache[t.site] for t in targets]
 
 
-class _Sweep:
+class Sweep:
     """All patches of all targets, tile by tile of the samples."""
 
     def __init__(
         self,
         passes: Passes,
         targets: list[Target],
-        sources: _Sources,
+        sources: Sources,
         effect: str,
         groups: Groups | None,
         recovery: bool,
@@ -304,13 +304,11 @@ class _Sweep:
         self.effect, self.groups, self.recovery = effect, groups, recovery
         one = passes.trace(slice(0, 1), 1, [t.site for t in targets])
         start = dict(zip(one.inputs, passes.tensors(slice(0, 1)), strict=True))
-        values = one.everything().run(
-            start, {v for step in one.steps for v in (*step.made, *(w for _, w in step.written)) if v}
-        )
+        values = one.everything().run(start, set().union(*(step.makes for step in one.steps)))
         self.elements = values[one.output].numel()
         self.flops_of_a_pass, self.flops = sum(one.flops), 0
         downstream = [one.downstream([t.value(one)]) for t in targets]
-        made = [{v for n in p.chosen for v in one.steps[n].made if v is not None} for p in downstream]
+        made = [set().union(*(one.steps[n].makes for n in p.chosen)) for p in downstream]
         largest = max(sum(values[v].nbytes for v in some if v in values) for some in made)
         fitting = max(1, min(most_bytes(values[one.output].device) // max(largest, 1), LARGEST_TILE))
         self.tile = fitting if tile is None else tile

@@ -159,7 +159,7 @@ class Calls:
         first = _checked_row(self.recorded, inputs[:1])
         self.elements, self.dtype = first[0].numel(), first.dtype
         fitting = max(1, min(most_bytes(inputs.device) // self.recorded.bytes, LARGEST_TILE))
-        self.rows = _even(fitting) if tile is None else tile
+        self.rows = fitting if tile is None else tile
 
     def __enter__(self) -> Calls:
         self._stack.enter_context(channels_last(self._decoder, self.inputs.device))
@@ -265,12 +265,6 @@ def _outputs(call: Callable[[Tensor], Tensor], codes: Tensor, elements: int) -> 
             f"{len(codes)} rows"
         )
     return y.flatten(1)
-
-
-def _even(rows: int) -> int:
-    """At most `rows`, in whole sixteens where there are some: 16 rows of the reference decoder took two thirds of the
-    time of 20, row by row."""
-    return rows - rows % 16 if rows >= 16 else rows
 
 
 def most_bytes(device: torch.device) -> int:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from ..errors import InputError
+from .labelled import labelled
 from .statistics import FEW, Estimate, percentile_interval, resampled_interval, resampling_weights
 
 _ROWS = 1 << 14  # samples a chunk of bootstrap weights holds
@@ -54,16 +54,11 @@ def mig(
     for name, value, low in (("bins", bins, 1), ("replicates", replicates, 0)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
             raise InputError(f"{name}: expected a whole number >= {low}, got {value!r}")
-    cut = _cut(_checked_codes(codes), bins)
-    ids = _checked_factors(factors, len(cut))
-    names = _checked_names(factor_names, ids.shape[1])
-    levels = [np.unique(ids[:, k], return_inverse=True) for k in range(ids.shape[1])]
-    kept = [k for k, (values, _) in enumerate(levels) if len(values) > 1]
-    if not kept:
-        raise InputError(f"factors: expected at least one that varies, got one value each of {', '.join(names)}")
+    data = labelled(codes, factors, factor_names)
+    cut = _cut(data.codes, bins)
 
-    n, sizes = len(cut), [len(levels[k][0]) for k in kept]
-    cells = [cut * size + levels[k][1].reshape(-1, 1) for k, size in zip(kept, sizes, strict=True)]
+    n, sizes = len(cut), list(data.sizes)
+    cells = [cut * size + column[:, None] for size, column in zip(sizes, data.levels.T, strict=True)]
     gaps = _gaps(cells, bins, sizes, lambda start, stop: np.ones((stop - start, 1), dtype=np.float32))[:, 0]
     value = float(gaps.mean())
     low = high = math.nan
@@ -86,9 +81,8 @@ def mig(
             low, high = percentile_interval(replicated, level, centre=value)
         else:
             low, high = resampled_interval(value, replicated, n, level)
-    per_factor = {names[k]: float(gap) for k, gap in zip(kept, gaps, strict=True)}
-    dropped = tuple(name for k, name in enumerate(names) if k not in kept)
-    return Mig(value, low, high, level, "", "samples", n, per_factor, dropped)
+    per_factor = {name: float(gap) for name, gap in zip(data.names, gaps, strict=True)}
+    return Mig(value, low, high, level, "", "samples", n, per_factor, data.dropped)
 
 
 def _cut(codes: np.ndarray, bins: int) -> np.ndarray:
@@ -144,34 +138,3 @@ def _entropy(counts: np.ndarray, axis: int) -> np.ndarray:
 
     total = np.maximum(counts.sum(axis), 1)
     return np.log(total) - xlogy(counts, counts).sum(axis) / total
-
-
-def _checked_codes(codes: Any) -> np.ndarray:
-    array = np.asarray(codes.detach().double().cpu() if isinstance(codes, Tensor) else codes)
-    if array.dtype.kind not in "fiub" or array.ndim != 2 or 0 in array.shape:
-        raise InputError(f"codes: expected numbers of shape (N, L), got {array.dtype} {array.shape}")
-    array = array.astype(np.float64)
-    if not np.isfinite(array).all():
-        bad = int(np.flatnonzero(~np.isfinite(array).all(0))[0])
-        raise InputError(f"codes: expected finite numbers, got NaN or infinity in latent {bad}")
-    if (array.max(0) / 2 - array.min(0) / 2).max() >= np.finfo(np.float64).max / 2:
-        raise InputError("codes: expected latents whose range float64 can hold, got a range above 1.8e308")
-    return array
-
-
-def _checked_factors(factors: Any, n: int) -> np.ndarray:
-    array = np.asarray(factors.detach().cpu() if isinstance(factors, Tensor) else factors)
-    if array.ndim != 2 or array.shape[1] == 0 or array.dtype.kind not in "iub":
-        raise InputError(
-            f"factors: expected integers (indices of factor values) of shape (N, K), got {array.dtype} {array.shape}"
-        )
-    if len(array) != n:
-        raise InputError(f"factors: expected as many samples as codes, N = {n}, got {len(array)}")
-    return array
-
-
-def _checked_names(names: Sequence[str] | None, k: int) -> tuple[str, ...]:
-    names = tuple(f"factor {i}" for i in range(k)) if names is None else tuple(names)
-    if len(names) != k or len(set(names)) != k:
-        raise InputError(f"factor_names: expected {k} different names, one for each factor, got {names}")
-    return names

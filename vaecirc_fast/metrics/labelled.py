@@ -1,0 +1,79 @@
+"""Codes with the factors they are of: what every disentanglement metric is given, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Codes and factors. `codes` (N, L) float64, finite. `levels` (N, K) int64: the factors that vary, as 0..size-1
+    whatever their ids were; `sizes` and `names` (K). `dropped`: names of the one-valued factors, of which no metric can
+    say anything."""
+
+    codes: np.ndarray
+    levels: np.ndarray
+    sizes: tuple[int, ...]
+    names: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
+def labelled(codes: Any, factors: Any, factor_names: Sequence[str] | None = None) -> Labelled:
+    """`codes` (N, L) numbers and `factors` (N, K) integers, any ids, tensors or arrays.
+
+    Raises InputError on wrong shapes, unequal N, no samples, NaN or infinite codes, factors that are not integers,
+    names that do not fit, or no factor that varies.
+    """
+    numbers = checked_codes(codes)
+    ids = _checked_factors(factors, len(numbers))
+    names = _checked_names(factor_names, ids.shape[1])
+    levels = [np.unique(column, return_inverse=True) for column in ids.T]
+    kept = [k for k, (values, _) in enumerate(levels) if len(values) > 1]
+    if not kept:
+        raise InputError(f"factors: expected at least one that varies, got one value each of {', '.join(names)}")
+    return Labelled(
+        numbers,
+        np.stack([levels[k][1].reshape(-1) for k in kept], 1).astype(np.int64),
+        tuple(len(levels[k][0]) for k in kept),
+        tuple(names[k] for k in kept),
+        tuple(name for k, name in enumerate(names) if k not in kept),
+    )
+
+
+def checked_codes(codes: Any) -> np.ndarray:
+    """`codes` (N, L) as float64. InputError on wrong shapes, no samples, NaN, infinity or a range beyond float64."""
+    array = np.asarray(codes.detach().double().cpu() if isinstance(codes, Tensor) else codes)
+    if array.dtype.kind not in "fiub" or array.ndim != 2 or 0 in array.shape:
+        raise InputError(f"codes: expected numbers of shape (N, L), got {array.dtype} {array.shape}")
+    array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        bad = int(np.flatnonzero(~np.isfinite(array).all(0))[0])
+        raise InputError(f"codes: expected finite numbers, got NaN or infinity in latent {bad}")
+    if (array.max(0) / 2 - array.min(0) / 2).max() >= np.finfo(np.float64).max / 2:
+        raise InputError("codes: expected latents whose range float64 can hold, got a range above 1.8e308")
+    return array
+
+
+def _checked_factors(factors: Any, n: int) -> np.ndarray:
+    array = np.asarray(factors.detach().cpu() if isinstance(factors, Tensor) else factors)
+    if array.ndim != 2 or array.shape[1] == 0 or array.dtype.kind not in "iub":
+        raise InputError(
+            f"factors: expected integers (indices of factor values) of shape (N, K), got {array.dtype} {array.shape}"
+        )
+    if len(array) != n:
+        raise InputError(f"factors: expected as many samples as codes, N = {n}, got {len(array)}")
+    return array
+
+
+def _checked_names(names: Sequence[str] | None, k: int) -> tuple[str, ...]:
+    names = tuple(f"factor {i}" for i in range(k)) if names is None else tuple(names)
+    if len(names) != k or len(set(names)) != k:
+        raise InputError(f"factor_names: expected {k} different names, one for each factor, got {names}")
+    return names

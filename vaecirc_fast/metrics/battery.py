@@ -227,8 +227,8 @@ def battery(
     model, ds: as for `encode_grid`, which encodes the data set once; or give what it returned as `encoded`, and model
     and ds are not looked at. Columns: metric, value, low, high (coverage `level`), unit, definition, resampled (what
     the interval resamples), n (how many), dropped (one-valued factors), note (where it departs from the reference
-    protocol) and seconds. `table.attrs` has encoding_seconds, images, and left_out: metric -> why it has no row; a warning says
-    so too. Deterministic for a seed, but for seconds.
+    protocol) and seconds. `table.attrs` has encoding_seconds, images, and left_out: metric -> why it has no row; a
+    warning says so too. Deterministic for a seed, but for seconds.
 
     The reference protocol: `samples` drawn from the grid with replacement, as many votes or points to train on and
     `test_samples` more to test on, every group of images that share a factor looked up. Where factors do not determine

@@ -60,10 +60,13 @@ def wasserstein_correlation(
     source and errors as for `gaussian_total_correlation`.
     """
     z, total, drawn = _covariances(codes, exact, replicates, seed)
-    value = float(_wasserstein(total[None], normalised)[0])
+    # in units of the largest variance, or tiny codes would have a trace of 0
+    square = float(np.diagonal(total).max(initial=0)) or 1.0
+    scale = 1.0 if normalised else square
+    value = scale * float(_wasserstein(total[None] / square, normalised)[0])
     low = high = value
     if not exact:
-        low, high = centred_interval(value, _wasserstein(drawn, normalised), len(z), level)
+        low, high = centred_interval(value, scale * _wasserstein(drawn / square, normalised), len(z), level)
     unit = "" if normalised else "of codes, squared"
     return _score(value, max(low, 0.0), high, level, unit, exact, len(z), _constant_note(z))
 
@@ -86,7 +89,8 @@ def _covariances(codes: Any, exact: bool, replicates: int, seed: int) -> tuple[n
         raise InputError("codes: expected at least 2 samples, to have a covariance, got 1")
     varying = z[:, z.min(0) < z.max(0)]
     centred = varying - varying.mean(0)
-    sd = centred.std(0)
+    width = varying.max(0) - varying.min(0)  # divided by first, or squares of tiny codes would be 0
+    sd = (centred / width).std(0) * width
     scaled = centred / sd
     scale = np.outer(sd, sd)
     total = scaled.T @ scaled / (n - 1) * scale

@@ -59,7 +59,7 @@ def modularity(
     data = labelled(codes, factors, factor_names)
     bins, replicates = whole("bins", bins, 1), whole("replicates", replicates, 0)
     if len(data.names) < 2:
-        raise InputError(f"factors: modularity needs two that vary, got only {data.names[0]}")
+        raise InputError(f"factors: modularity needs two that vary, got only {', '.join(data.names)}")
     n = len(data.codes)
     columns = np.concatenate([binned(data.codes, bins), data.levels], 1)
     latents = data.codes.shape[1]

@@ -26,6 +26,10 @@ class Score(Estimate):
     dropped: tuple[str, ...] = ()
     note: str = ""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.level < 1:
+            raise InputError(f"level: expected a coverage between 0 and 1, such as 0.95, got {self.level!r}")
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -94,7 +98,8 @@ def share_interval(hits: int, n: int, level: float) -> tuple[float, float]:
     z2 = float(stats.norm.ppf((1 + level) / 2)) ** 2
     p = hits / n
     middle, half = p + z2 / (2 * n), math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n)))
-    return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
+    # exactly 0 and 1 at the ends, which rounding would miss
+    return (middle - half) / (1 + z2 / n) if hits else 0.0, (middle + half) / (1 + z2 / n) if hits < n else 1.0
 
 
 def sample_weights(replicates: int, n: int, seed: int) -> np.ndarray:

@@ -195,7 +195,7 @@ METRICS: dict[str, _Metric] = {
     ),
     "wasserstein_correlation_normalised": _Metric(
         _resampled(wasserstein_correlation, "wasserstein_correlation_normalised", labels=False, normalised=True),
-        {"wasserstein_correlation_normalised": "W / tr C"},
+        {"wasserstein_correlation_normalised": "W / tr C of the Wasserstein correlation W"},
         labels=False,
     ),
     "mean_pairwise_mi": _Metric(
@@ -247,6 +247,8 @@ def battery(
         ("replicates", replicates, 0),
     ):
         whole(name, value, least)
+    if not 0 < level < 1:
+        raise InputError(f"level: expected a coverage between 0 and 1, such as 0.95, got {level!r}")
     unknown = sorted(set(only or ()) - METRICS.keys())
     if unknown:
         raise InputError(f"only: unknown {', '.join(unknown)}; known are {', '.join(METRICS)}")

@@ -124,7 +124,7 @@ def _counted(starts: Iterable[int], n: int, batch: int, shown: bool) -> Iterator
     due = began + _FIRST_LINE
     for first in starts:
         now = time.monotonic()
-        if shown and now >= due:
+        if shown and first and now >= due:
             due = now + _NEXT_LINE
             left = (now - began) / first * (n - first) / 60
             print(f"encoding: image {first:,} of {n:,}, {left:,.1f} min left", file=sys.stderr)

@@ -133,13 +133,7 @@ def patch_sweep(
     Returns effects over (unit, group). InputError names the site and the remedy.
     """
     x_base, x_source = _pair(x_base, x_source, clean, corrupted, direction, ablation)
-    known = [kind for kind in KINDS if kind != "logit_mse"]
-    if effect not in known:
-        raise InputError(f"effect: {effect!r} is unknown; known: {', '.join(known)}")
-    if ablation not in ABLATIONS:
-        raise InputError(f"ablation: {ablation!r} is unknown; known: {', '.join(ABLATIONS)}")
-    if recovery and ablation != "resample":
-        raise InputError("recovery: is of ablation='resample', which has a source to come near to")
+    check_measure(effect, ablation, recovery)
     args, rows = inputs_of(x_base)
     source_args = None
     if ablation == "resample":
@@ -153,6 +147,17 @@ def patch_sweep(
         sources = Sources(module, source_args, rows, ablation, reference, seed)
         sweep = Sweep(passes, targets, sources, effect, groups, recovery, tile)
         return sweep.run(replicates, seed, started)
+
+
+def check_measure(effect: str, ablation: str, recovery: bool) -> None:
+    """InputError for unknown names, and for a recovery without a source."""
+    known = [kind for kind in KINDS if kind != "logit_mse"]
+    if effect not in known:
+        raise InputError(f"effect: {effect!r} is unknown; known: {', '.join(known)}")
+    if ablation not in ABLATIONS:
+        raise InputError(f"ablation: {ablation!r} is unknown; known: {', '.join(ABLATIONS)}")
+    if recovery and ablation != "resample":
+        raise InputError("recovery: is of ablation='resample', which has a source to come near to")
 
 
 def ablate(module: nn.Module, x: Any, sites: Sequence[str] = ("*",), **options: Any) -> PatchEffects:

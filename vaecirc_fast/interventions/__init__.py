@@ -13,6 +13,7 @@ from .patch_sweeps import PatchEffects, ablate, patch_sweep
 from .patching import Cache, patch, run_with_cache, run_with_hooks
 from .paths import PathEffects, path_patch
 from .sites import Wrapped, wrap
+from .streams import patch_sweep_over
 from .strength import effect_strength
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "noise_region",
     "patch",
     "patch_sweep",
+    "patch_sweep_over",
     "path_patch",
     "posterior_scale",
     "redraw_columns",

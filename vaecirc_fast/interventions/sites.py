@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from .patch_sweeps import PatchEffects, ablate, patch_sweep
 from .patching import Cache
 from .paths import PathEffects, path_patch
 from .selection import matching_sites
+from .streams import patch_sweep_over
 
 if TYPE_CHECKING:
     import pandas
@@ -76,6 +77,10 @@ class Wrapped:
     ) -> PatchEffects:
         """The effect of patching every unit of every site by itself; see `interventions.patch_sweep`."""
         return patch_sweep(self.module, x_base, x_source, sites, **options)
+
+    def patch_sweep_over(self, pairs: Iterable[Any], sites: Sequence[str] = ("*",), **options: Any) -> PatchEffects:
+        """`patch_sweep` over batches of any data set, resumable; see `interventions.patch_sweep_over`."""
+        return patch_sweep_over(self.module, pairs, sites, **options)
 
     def ablate(self, x: Any, sites: Sequence[str] = ("*",), **options: Any) -> PatchEffects:
         """The effect of ablating every unit of every site by itself; see `interventions.ablate`."""

@@ -23,9 +23,9 @@ from ..reference.effect_reduction import KINDS
 from .engine import most_bytes, slices
 from .fused import agrees, backend_for
 from .networks import ACTIVATIONS, record
-from .patching import ABLATIONS, Readout, ablated, device_of, inputs_of, quiet, run_with_cache, taken
+from .patching import ABLATIONS, Readout, ablated, device_of, inputs_of, quiet, read_out, run_with_cache, taken
 from .selection import Selection, is_pattern, resolve, units
-from .trace import Program, Step, Trace, Value, trace
+from .trace import Program, Step, Trace, Value, laid_out, same, trace
 
 if TYPE_CHECKING:
     import pandas
@@ -145,6 +145,7 @@ def patch_sweep(
         passes = Passes(module, args, rows, readout)
         targets = targets_at(passes, sites, unit, heads)
         sources = Sources(module, source_args, rows, ablation, reference, seed)
+        passes.check_repeatable(source_args)
         sweep = Sweep(passes, targets, sources, effect, groups, recovery, tile)
         return sweep.run(replicates, seed, started)
 
@@ -219,8 +220,24 @@ class Passes:
         self.module, self.args, self.rows, self.readout = module, args, rows, readout
 
     def output(self, args: tuple) -> Tensor:
-        y = self.module(*args)
-        return y if self.readout is None else self.readout(y)
+        return read_out(self.module(*args), self.readout)
+
+    def check_repeatable(self, source: tuple | None) -> None:
+        """InputError where a rerun of the first row's operations gives other numbers than the module does, for its own
+        row or the source's."""
+        traced = self.trace(slice(0, 1), 1, [])
+        for name, given in (("", self.args), (" for x_source", source)):
+            args = taken(given or (), self.rows, slice(0, 1))
+            tensors = [a for a in args if isinstance(a, Tensor) and a.ndim]
+            if not given or [t.shape for t in tensors] != [t.shape for t in self.tensors(slice(0, 1))]:
+                continue
+            again = traced.everything().run(dict(zip(traced.inputs, tensors, strict=True)))[traced.output]
+            plain = self.output(args)
+            if bool(torch.isfinite(plain).all()) and not same(again, plain):
+                raise InputError(
+                    f"module: gives other numbers{name} when {'it' if not name else 'what it executed'} runs again; it "
+                    "keeps state between calls, draws random numbers, or computes outside torch on values that it reads"
+                )
 
     def tensors(self, part: slice, repeats: int = 1) -> list[Tensor]:
         """The arguments that are traced, for some rows, each repeated."""
@@ -239,7 +256,9 @@ class Passes:
         # two selections of one site are one place
         made, y = trace(self.module, call, [args[n] for n in where], list(dict.fromkeys(sites)))
         if y.ndim < 2 or len(y) != len(args[where[0]]):
-            raise InputError(f"module: its output has shape {tuple(y.shape)}, expected (rows, ...)")
+            name = "module: its output has" if self.readout is None else "readout: gives"
+            expected = "(rows, ...) with more than the axis of rows"
+            raise InputError(f"{name} shape {tuple(y.shape)} for {len(args[where[0]])} rows, expected {expected}")
         return made
 
 
@@ -446,7 +465,7 @@ class Sweep:
             n = chunk.stop - chunk.start
             chosen = torch.zeros(repeats, len(labels), dtype=torch.bool, device=base.device)
             chosen[:n] = labels == numbers[chunk, None]
-            mixed = torch.where(chosen, new, rows).view(activation.shape)
+            mixed = laid_out(torch.where(chosen, new, rows), activation)
             y = program.run({**values, start: mixed})[program.trace.output].flatten(1)
             self.flops += program.flops
             e = effect_reduction(base, y[:, None], self.effect, groups=groups)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from . import patching
 from .attribution import Attribution, attribute
+from .circuits import Circuit, Motifs
+from .discovery import discover, motifs
 from .edges import DirectEdges, direct_edges
 from .mediation import Mediation, mediate
 from .patch_sweeps import PatchEffects, ablate, patch_sweep
@@ -106,6 +108,14 @@ class Wrapped:
     def direct_edges(self, x_base: Any, x_source: Any, parent: str, child: str, **options: Any) -> DirectEdges:
         """Direct effects of every unit of a layer on every unit of the next; see `interventions.direct_edges`."""
         return direct_edges(self.module, x_base, x_source, parent, child, **options)
+
+    def discover(self, x_base: Any, x_source: Any, target: Any = None, **options: Any) -> Circuit:
+        """The few units whose joint patch recovers the change from x_base to x_source; see `interventions.discover`."""
+        return discover(self.module, x_base, x_source, target, **options)
+
+    def motifs(self, x_base: Any, variants: Mapping[str, Any], target: Any = None, **options: Any) -> Motifs:
+        """The circuit of each factor; see `interventions.motifs`."""
+        return motifs(self.module, x_base, variants, target, **options)
 
     def _trace(self, example: Any) -> dict[str, tuple[tuple[int, ...] | None, int]]:
         """Shape and downstream FLOPs of each site that a forward pass on the example reaches, in order of execution."""

@@ -9,7 +9,7 @@ from .agreement import latent_agreement, matched_latents
 from .comparisons import Equivalence, equivalence, permutation_test, welch
 from .correlations import PartialCorrelation, partial_correlation, pearson, spearman
 from .effect_sizes import cliffs_delta, cohens_d, hedges_g
-from .estimate import FEW, Estimate, Tested, Verdict, verdict
+from .estimate import FEW, Estimate, Inference, Verdict, verdict
 from .families import family, holm_sidak
 from .mixed import MixedSlope, mixed_slope
 from .resampling import bootstrap, percentile_interval, poisson_weights, resampled_interval, resampling_weights
@@ -21,7 +21,7 @@ __all__ = [
     "Estimate",
     "MixedSlope",
     "PartialCorrelation",
-    "Tested",
+    "Inference",
     "Verdict",
     "bootstrap",
     "cliffs_delta",

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...errors import InputError
 from .correlations import spearman
-from .estimate import Tested, as_array, numbers
+from .estimate import Inference, as_array, numbers
 
 
 def matched_latents(codes_a: Any, codes_b: Any) -> np.ndarray:
@@ -34,7 +34,7 @@ def matched_latents(codes_a: Any, codes_b: Any) -> np.ndarray:
 
 def latent_agreement(
     values_a: Any, values_b: Any, codes_a: Any = None, codes_b: Any = None, level: float = 0.95, seed: int = 0
-) -> Tested:
+) -> Inference:
     """Spearman's correlation over latents of a metric's values on two models, with interval and p (see `spearman`).
 
     values_a, values_b: (L,) with L >= 4, one for each latent. Without codes latent i of one is latent i of the other,

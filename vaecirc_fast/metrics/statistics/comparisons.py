@@ -10,12 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from ...errors import InputError
-from .estimate import Tested, check_level, check_whole, few_note, numbers, t_quantile
+from .estimate import Inference, check_level, check_whole, few_note, numbers, t_quantile
 
 EXACT = 20_000  # rearrangements up to which all are gone through
 
 
-def welch(x: Any, y: Any, level: float = 0.95, unit: str = "", resampled: str = "seeds") -> Tested:
+def welch(x: Any, y: Any, level: float = 0.95, unit: str = "", resampled: str = "seeds") -> Inference:
     """mean(x) - mean(y) of two independent groups, with Welch's interval and p (unequal variances).
 
     `x` (n,), `y` (m,): a number for each seed, at least two each; `n` of the result is n + m. Where neither group
@@ -32,7 +32,7 @@ def welch(x: Any, y: Any, level: float = 0.95, unit: str = "", resampled: str = 
     half = t_quantile(level, freedom) * error
     p = _t_tail(difference, error, freedom)
     low, high = difference - half, difference + half
-    return Tested(difference, low, high, level, unit, resampled, len(x) + len(y), p, "Welch's t test", note)
+    return Inference(difference, low, high, level, unit, resampled, len(x) + len(y), p, "Welch's t test", note)
 
 
 def _welch(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
@@ -64,7 +64,7 @@ def permutation_test(
     level: float = 0.95,
     unit: str = "",
     resampled: str = "seeds",
-) -> Tested:
+) -> Inference:
     """mean(x) - mean(y) with the p and the interval of its permutation test.
 
     `x` (n,), `y` (m,). Independent groups: which n of the n + m numbers are in the first group. `paired` (n = m, the
@@ -99,7 +99,7 @@ def permutation_test(
     kind = "signs of paired differences" if paired else "group labels"
     how = f"all {total} rearrangements" if exact else f"{replicates} random rearrangements, seed {seed}"
     note = "too few rearrangements to bound the difference" if math.isinf(low) else ""
-    return Tested(value, low, high, level, unit, resampled, n, p, f"permutation of {kind}, {how}", note)
+    return Inference(value, low, high, level, unit, resampled, n, p, f"permutation of {kind}, {how}", note)
 
 
 def _splits(n: int, m: int, replicates: int, seed: int) -> tuple[np.ndarray, bool]:
@@ -144,8 +144,8 @@ def _inverted(value: float, drawn: np.ndarray, moved: np.ndarray, level: float, 
 
 
 @dataclass(frozen=True)
-class Equivalence(Tested):
-    """`Tested` of a difference against `margin`: `p` of the hypothesis that it is at least the margin in size.
+class Equivalence(Inference):
+    """`Inference` of a difference against `margin`: `p` of the hypothesis that it is at least the margin in size.
 
     `verdict`: "equivalent" if the whole interval lies within (-margin, margin), "different" if wholly outside, else
     "undecided". The interval is at 1 - 2 alpha, as two one-sided tests at alpha have it.

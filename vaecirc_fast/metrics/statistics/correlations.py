@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ...errors import InputError
-from .estimate import FEW, Tested, check_level, check_whole, column, few_note, numbers, t_quantile
+from .estimate import FEW, Inference, check_level, check_whole, column, few_note, numbers, t_quantile
 from .exchange import Blocks, blocks_of, permutations
 from .resampling import percentile_interval, poisson_weights
 
@@ -32,7 +32,7 @@ def pearson(
     seed: int = 0,
     level: float = 0.95,
     resampled: str = "runs",
-) -> Tested:
+) -> Inference:
     """Pearson's correlation of `x` and `y` (n,), n >= 4, with interval and p.
 
     permute, within: a label for each row; see `partial_correlation`, whose correlation with no covariates this is.
@@ -56,7 +56,7 @@ def spearman(
     seed: int = 0,
     level: float = 0.95,
     resampled: str = "runs",
-) -> Tested:
+) -> Inference:
     """Spearman's rank correlation, ties at mean ranks; arguments, result and errors as `pearson`.
 
     The interval is Fisher's with variance (1 + r^2 / 2) / (n - 3) (Bonett & Wright 2000). Below 8 rows p goes through
@@ -80,7 +80,7 @@ def _correlation(
     seed: int,
     level: float,
     resampled: str,
-) -> Tested:
+) -> Inference:
     check_level(level)
     check_whole("replicates", replicates, low=1)
     check_whole("seed", seed, low=0)
@@ -103,7 +103,7 @@ def _correlation(
         return found
     low, high = _bootstrap(method, x, y, replicates, seed, level)
     how = found.method.replace("Fisher's interval", "Poisson-bootstrap interval")
-    return Tested(found.value, low, high, level, "", resampled, len(x), found.p, how, found.note)
+    return Inference(found.value, low, high, level, "", resampled, len(x), found.p, how, found.note)
 
 
 def _bootstrap(
@@ -119,8 +119,8 @@ def _bootstrap(
 
 
 @dataclass(frozen=True)
-class PartialCorrelation(Tested):
-    """`Tested`; `given`: the covariates that were controlled for; `dropped`: those that were not, and why."""
+class PartialCorrelation(Inference):
+    """`Inference`; `given`: the covariates that were controlled for; `dropped`: those that were not, and why."""
 
     given: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
@@ -269,7 +269,7 @@ class _Problem:
         return _cosine(a, b)
 
 
-def _solve(problem: _Problem, replicates: int, seed: int, level: float, resampled: str) -> Tested:
+def _solve(problem: _Problem, replicates: int, seed: int, level: float, resampled: str) -> Inference:
     from scipy import stats
 
     x, y = problem.x, problem.y
@@ -308,7 +308,7 @@ def _solve(problem: _Problem, replicates: int, seed: int, level: float, resample
         notes.append(few_note(units, resampled))
     low, high = max(low, -1.0), min(high, 1.0)
     name = problem.method.capitalize() + (" partial" if k else "")
-    return Tested(r, low, high, level, "", resampled, units, p, f"{name}, {how}, {tested}", "; ".join(notes))
+    return Inference(r, low, high, level, "", resampled, units, p, f"{name}, {how}, {tested}", "; ".join(notes))
 
 
 def _permuted(
@@ -355,7 +355,7 @@ def _residual(v: np.ndarray, basis: np.ndarray) -> np.ndarray:
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     r = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
-    return max(-1.0, min(1.0, r))
+    return math.copysign(1.0, r) if abs(r) > 1 - 1e-14 else r
 
 
 def _ranks(v: np.ndarray) -> np.ndarray:

@@ -42,7 +42,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Tested(Estimate):
+class Inference(Estimate):
     """`Estimate` with the two-sided `p` of the hypothesis that the value is 0, the `method` of interval and p, and a
     `note` of what the data could not support ("" if nothing)."""
 

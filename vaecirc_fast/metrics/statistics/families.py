@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import InputError
-from .estimate import Tested, as_array
+from .estimate import Inference, as_array
 
 if TYPE_CHECKING:
     import pandas
@@ -32,7 +32,7 @@ def holm_sidak(p: Any) -> Any:
     return _adjusted(as_array(p))
 
 
-def family(tests: Mapping[str, Tested], name: str, alpha: float = 0.05) -> pandas.DataFrame:
+def family(tests: Mapping[str, Inference], name: str, alpha: float = 0.05) -> pandas.DataFrame:
     """A named family of tests as one table, corrected by Holm-Sidak.
 
     Columns: "family" (`name`), "test", "value", "low", "high", "unit", "n", "resampled", "method", "p", "p_adjusted"
@@ -43,7 +43,7 @@ def family(tests: Mapping[str, Tested], name: str, alpha: float = 0.05) -> panda
 
     if not 0 < alpha < 1:
         raise InputError(f"alpha: expected a number between 0 and 1, got {alpha!r}")
-    if not isinstance(tests, Mapping) or not all(isinstance(test, Tested) for test in tests.values()):
+    if not isinstance(tests, Mapping) or not all(isinstance(test, Inference) for test in tests.values()):
         raise InputError("tests: expected a mapping from names to results with a p, as of welch or spearman")
     adjusted = holm_sidak({key: test.p for key, test in tests.items()})
     fields = ("value", "low", "high", "unit", "n", "resampled", "method", "p")

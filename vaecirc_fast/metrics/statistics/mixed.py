@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import InputError
-from .estimate import Tested, check_level, column, numbers, t_quantile
+from .estimate import Inference, check_level, column, numbers, t_quantile
 
 if TYPE_CHECKING:
     import pandas
@@ -20,8 +20,8 @@ _SINGULAR = 1e-6  # share of the residual variance below which a variance betwee
 
 
 @dataclass(frozen=True)
-class MixedSlope(Tested):
-    """`Tested` slope; `groups`: how many data sets; `between`: sd of their intercepts, in units of y, `residual`: sd
+class MixedSlope(Inference):
+    """`Inference` slope; `groups`: how many data sets; `between`: sd of their intercepts, in units of y, `residual`: sd
     around their lines; `converged`: whether the likelihood was maximised; `singular`: whether a variance between data
     sets came out as 0."""
 

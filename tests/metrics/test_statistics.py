@@ -199,7 +199,8 @@ def test_intervals_below_eight_seeds_cover(runs, tau, shared):
     rng = np.random.default_rng(runs)
     judged = [judged_runs(rng, runs, tau, shared) for _ in range(4000)]
     results = [hierarchical_interval(*j) for j in judged]
-    assert 0.92 < np.mean([r.low <= 0 <= r.high for r in results]) < 0.98
+    least = 0.92 if runs > 2 else 0.9  # as its docstring says
+    assert least < np.mean([r.low <= 0 <= r.high for r in results]) < 0.98
     if not shared:
         results = [t_interval(values) for values, _ in judged]
         # binomial error of four standard deviations

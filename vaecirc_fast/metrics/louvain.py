@@ -22,9 +22,7 @@ def louvain(A: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return louvain_of_many(A[None], [0], [rng])[0]
 
 
-def louvain_of_many(
-    graphs: np.ndarray, chosen: Sequence[int], rngs: Sequence[np.random.Generator]
-) -> list[np.ndarray]:
+def louvain_of_many(graphs: np.ndarray, chosen: Sequence[int], rngs: Sequence[np.random.Generator]) -> list[np.ndarray]:
     """(n,) communities of the b-th partition, of graphs[chosen[b]] with its nodes in the random order of rngs[b].
 
     graphs: (G, n, n) >= 0, symmetric. On matrices and not on dictionaries, as these graphs are dense; many at once, as

@@ -20,6 +20,7 @@ from .tables import Printed
 from .words import decimals, interval, listed, number
 
 FILE = "circuits.safetensors"
+UNITS = 64  # of each site in the heatmap
 EDGES = 16  # drawn of each pair of layers
 LATENTS = 3  # of each change in the table of mediation
 TERMS = ("nie_pure", "nie_total", "nde_pure", "interaction", "share")
@@ -46,21 +47,23 @@ def patching(data: str, groups: Sequence[Group]) -> Figure:
         for site, values in found.items():
             order = np.argsort(-np.nansum(values, 0), kind="stable")
             remark = f"{values.shape[1]} units, strongest {number(100 * float(np.nanmax(values, initial=0.0)), 0)} %"
-            drawn.append(Strip(site, values[:, order], remark))
+            drawn.append(Strip(site, values[:, order[:UNITS]], remark))
         variants = group.shown.result["circuits"]["variants"]
         return pictures.strips(drawn, variants, top, f"{data}: what each unit does alone when it is patched")
 
     pairs = groups[0].shown.result["circuits"]["pairs"]
     caption = Markup(
-        "Activation patching: in the run of an image, one unit alone takes the value that it has in the run of the image "
-        "in which {}, and all that follows is computed again. Shade: the change that this makes in the output, as a "
-        "share of the change between the two outputs (mean <span class='formula'>|Δ<i>y</i>|</span> of both over pixels "
-        "and {} pairs, then divided). 1: the unit alone changes as much as everything together, though perhaps "
-        "elsewhere. Sites in the order in which they run; units from the strongest to the weakest over all changes. "
-        "Intervals of every unit are in the runs’ {}."
-    ).format(_change(groups), pairs, FILE)
-    ticks = svg.Scale(0, top, 0, 1).ticks(4)
-    bar = pictures.shade_bar(top, ticks, svg.tick_labels(ticks), "share of the whole change, dimensionless")
+        "Activation patching: in the run of an image, one unit alone takes the value that it has in the run of the "
+        "image in which {}, and all that follows is computed again. Shade: the change that this makes in the output, "
+        "as a share of the change between the two outputs (mean <span class='formula'>|Δ<i>y</i>|</span> of both over "
+        "pixels and {} pairs, then divided). 1: the unit alone changes as much as everything together, though perhaps "
+        "elsewhere. Sites in the order in which they run; units from the strongest to the weakest over all changes, of "
+        "a site the first {}. Small shares are spread out: the scale goes by the square root. Intervals of every unit "
+        "are in the runs’ {}."
+    ).format(_change(groups), pairs, UNITS, FILE)
+    ticks = [0.0, *(t for t in (0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if t <= top)]
+    labels = [number(t, 2) if t else "0" for t in ticks]
+    bar = pictures.shade_bar(top, ticks, labels, "share of the whole change, dimensionless", root=True)
     title = f"{data}: what single units pass on."
     return Figure(f"patching-{slug(data)}", title, caption, _panels(groups, draw), extra=bar)
 
@@ -92,9 +95,9 @@ def mediators(data: str, groups: Sequence[Group]) -> Figure:
         panels.append(Panel(title, drawing, "" if run.trained else "not trained"))
     caption = Markup(
         "Share of the effect of a change that passes through one latent’s mean: total NIE / TE, means over pairs "
-        "divided; the outcome is that of the table below. Columns: active latents from the greatest posterior CES to the "
-        "least. Rows need not add up to 1: where latents interact, holding one is not undone by moving it. Below 0: the "
-        "latent works against the change."
+        "divided; the outcome is that of the table below. Columns: active latents from the greatest posterior CES to "
+        "the least. A row adds up to 1 where the decoder adds up what latents do, and to something else where they "
+        "interact. Below 0: the latent works against the change."
     )
     ticks = svg.Scale(0, top, 0, 1).ticks(4)
     bar = pictures.shade_bar(top, ticks, svg.tick_labels(ticks), "share mediated, dimensionless")
@@ -128,13 +131,15 @@ def graph(data: str, groups: Sequence[Group]) -> Figure:
     found = first["graph"] or first["control"]
     units = listed(dict.fromkeys(f"{len(row['units'])}" for row in found["layers"][1:-1])) if found else "some"
     caption = Markup(
-        "The decoder as a graph. Nodes: the latents; of each layer the {} units with the greatest direct effects; a 4 × 4 "
-        "mosaic of the image, each cell drawn as its place. An edge is the direct effect of a parent that alone takes its "
-        "value for another image, in standard deviations of the child per standard deviation of the parent, over {} pairs "
-        "of images; each pair of layers has total weight 1. Drawn are the {} strongest edges of each pair of layers. "
-        "Colours: Louvain communities, the best of 20 partitions, in grey beyond six; an edge has the colour of the "
-        "community of both its ends, or is grey. <i>Q</i> and the nulls are those of Table 1; <i>z</i>: the difference in "
-        "standard deviations of the nulls. Hollow: inactive latents."
+        "The decoder as a graph. Nodes: the latents; of each layer the {} units through which paths of the greatest "
+        "weight lead; a 4 × 4 mosaic of the image, each cell drawn as its place. An edge is the direct effect of a "
+        "parent that alone takes its value for another image, in standard deviations of the child per standard "
+        "deviation of the parent, over {} pairs of images; each pair of layers has total weight 1, and a path the "
+        "product of its edges. Drawn are the {} strongest edges of each pair of layers. Colours: Louvain "
+        "communities, the best of 20 partitions, in grey beyond six; an edge has the colour of the community that "
+        "both its ends are in, else it is grey. <i>Q</i> and its difference from the nulls are those of Tables 1 and"
+        " 2; <i>z</i>: this difference in standard deviations of the nulls, which is no interval: edges are measured"
+        " on these pairs alone. Hollow: inactive latents."
     ).format(units, first["pairs"], EDGES)
     return Figure(f"graph-{slug(data)}", f"{data}: circuit graphs.", caption, tuple(panels))
 
@@ -171,8 +176,8 @@ def _drawn(run: Run, name: str, what: str) -> str:
     remarks = (
         f"Q = {number(found['q'], 3)}, nulls {number(found['null'], 3)}: difference {number(excess, 3)}{z}; "
         f"{max(found['communities']) + 1} communities",
-        f"drawn: {len(edges)} of {count:,} edges with {100 * share:.0f} % of their weight; these nodes have "
-        f"{100 * found['kept']:.0f} % of the decoder’s",
+        f"drawn: {len(edges)} of {count:,} edges with {100 * share:.0f} % of their weight; paths through these units "
+        f"alone: {number(100 * found['kept'], decimals([100 * found['kept']], 2))} % of all",
     )
     return graphs.layered(layers, nodes, edges, what, remarks)
 

@@ -133,11 +133,12 @@ class Strip:
 
 
 def strips(drawn: Sequence[Strip], rows: Sequence[str], top: float, what: str) -> str:
-    """Matrices of shades from white, 0, to dark blue, `top`, one below the other and equally wide; NaN is white."""
+    """Matrices of shades from white, 0, to dark blue, `top`, by the square root, one below the other and equally wide;
+    NaN is white."""
     left, height, head = LABELS + 8, 13.0, 19.0
     parts, y = [], 0.0
     for strip in drawn:
-        shades = (np.clip(np.nan_to_num(strip.values) / top, 0, 1) * 255).round().astype(np.uint8)
+        shades = (np.clip(np.nan_to_num(strip.values) / top, 0, 1) ** 0.5 * 255).round().astype(np.uint8)
         parts.append(text(left, y + 13, strip.heading, cls="heading"))
         parts.append(text(WIDTH, y + 13, strip.remark, "end", "tick"))
         y += head
@@ -153,8 +154,8 @@ def strips(drawn: Sequence[Strip], rows: Sequence[str], top: float, what: str) -
     return picture("".join(parts), WIDTH, y, what)
 
 
-def shade_bar(top: float, ticks: Sequence[float], labels: Sequence[str], unit: str) -> str:
-    """The colour bar of `maps`, 0 to `top`, with its unit."""
+def shade_bar(top: float, ticks: Sequence[float], labels: Sequence[str], unit: str, root: bool = False) -> str:
+    """The colour bar of `maps`, 0 to `top`, with its unit; `root`: by the square root, as of `strips`."""
     left, width = 8.0, 240.0
     ramp = np.arange(256, dtype=np.uint8)[None]
     parts = [
@@ -163,7 +164,7 @@ def shade_bar(top: float, ticks: Sequence[float], labels: Sequence[str], unit: s
         tag("rect", x=left, y=18.0, width=width, height=11.0, cls="frame"),
     ]
     for tick, label in zip(ticks, labels, strict=True):
-        x = left + width * tick / top
+        x = left + width * (tick / top) ** (0.5 if root else 1)
         parts.append(tag("line", x1=x, y1=29.0, x2=x, y2=32.0, cls="axis"))
         parts.append(text(x, 43, label, "middle", "tick"))
     return picture("".join(parts), 320, 48, f"Colour scale from 0 to {labels[-1] if labels else top}: {unit}")

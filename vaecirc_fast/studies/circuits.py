@@ -207,21 +207,30 @@ def _terms(M: Mediation, bounds: dict[str, tuple[Tensor, Tensor]], n: int) -> di
 def circuit_graph_of(model: VAE, ds: Dataset, *, pairs: int, units: int, seed: int) -> Graph:
     """The graph of direct effects of the decoder and its circuit modularity, over `pairs` pairs of images.
 
-    Nodes: the latents; of every layer before the last the `units` units with the greatest direct effects, features or
-    channels; a 4 x 4 mosaic of the output. Effects are `l1`, in child sd per parent sd. A base takes the latents of
-    another image.
+    Nodes: the latents; of every layer before the last the `units` units, features or channels, through which paths of
+    the greatest weight lead; a 4 x 4 mosaic of the output. Effects are `l1`, in child sd per parent sd. A base takes
+    the latents of another image. "kept": the share of the weight of all paths that leads through these units alone.
     """
     model.eval()
     x, _ = ds.sample(2 * pairs, torch.Generator().manual_seed(seed))
     z = model.encode(x)[0]
-    layers, edges = _direct_effects(model.decoder, z[:pairs], z[pairs:])
-    kept = _strongest(layers, edges, units)
-    some = {(parent, child): w[kept[child]][:, kept[parent]].nan_to_num(0.0) for (parent, child), w in edges.items()}
+    layers, measured = _direct_effects(model.decoder, z[:pairs], z[pairs:])
+    edges = {pair: w.nan_to_num(0.0) for pair, w in measured.items()}
+    if any(not bool((w > 0).any()) for w in edges.values()):
+        return Graph({}, {}, _unbounded(dict.fromkeys(DEFINITIONS), pairs))
+    through, everything = path_weights(layers, edges)
+    kept = {}
+    for name, weight in through.items():
+        most = len(weight) if name in ("latents", "cells") else units
+        kept[name] = weight.argsort(descending=True, stable=True)[:most].sort().values
+    some = {(parent, child): w[kept[child]][:, kept[parent]] for (parent, child), w in edges.items()}
     if any(not bool((w > 0).any()) for w in some.values()):
         return Graph({}, {}, _unbounded(dict.fromkeys(DEFINITIONS), pairs))
     graph = metrics.circuit_graph(*((*pair, w) for pair, w in some.items()))
     M = metrics.circuit_modularity(graph, seed=seed)
-    shares = [float(some[pair].sum() / w.nansum()) for pair, w in edges.items()]
+    carried = torch.ones(layers["latents"], dtype=torch.float64)
+    for pair, w in some.items():
+        carried = w @ carried / edges[pair].sum()
     found = {
         "pairs": pairs,
         "layers": [{"layer": name, "units": kept[name].tolist(), "of": layers[name]} for name in layers],
@@ -231,8 +240,8 @@ def circuit_graph_of(model: VAE, ds: Dataset, *, pairs: int, units: int, seed: i
         "null_sd": float(M.null_q.std(ddof=1)),
         "z": _plain(M.z),
         "nulls": len(M.null_q),
-        "kept": sum(shares) / len(shares),
-        "unmeasured": int(sum(int(w.isnan().sum()) for w in edges.values())),
+        "kept": float(carried.sum()) / everything,
+        "unmeasured": sum(int(w.isnan().sum()) for w in measured.values()),
     }
     weights = {f"{parent} > {child}": w.contiguous() for (parent, child), w in graph.weights.items()}
     values = {"circuit_q": M.q, "circuit_modularity": M.excess}
@@ -288,20 +297,18 @@ def _sd(a: Tensor) -> Tensor:
     return a.double().std((0, 2), correction=0)
 
 
-def _strongest(layers: dict[str, int], edges: dict[tuple[str, str], Tensor], units: int) -> dict[str, Tensor]:
-    """Numbers of the units that stay: all latents and cells; of other layers those with the greatest share of what
-    comes in and goes out."""
-    strength = {name: torch.zeros(size, dtype=torch.float64) for name, size in layers.items()}
-    for (parent, child), w in edges.items():
-        w = w.nan_to_num(0.0)
-        w = w / w.sum().clamp(min=torch.finfo(w.dtype).tiny)
-        strength[parent] += w.sum(0)
-        strength[child] += w.sum(1)
-    kept = {}
-    for name, s in strength.items():
-        most = len(s) if name in ("latents", "cells") else min(units, len(s))
-        kept[name] = s.argsort(descending=True, stable=True)[:most].sort().values
-    return kept
+def path_weights(layers: dict[str, int], edges: dict[tuple[str, str], Tensor]) -> tuple[dict[str, Tensor], float]:
+    """(U,) for each layer of a chain: the sum over all paths from the first layer to the last through a unit of the
+    product of their edges (V, U) >= 0; and the sum over all paths. Each pair of layers is normalised to sum 1."""
+    weights = {pair: w / w.sum() for pair, w in edges.items()}
+    names = list(layers)
+    ahead = {names[0]: torch.ones(layers[names[0]], dtype=torch.float64)}
+    behind = {names[-1]: torch.ones(layers[names[-1]], dtype=torch.float64)}
+    for parent, child in weights:
+        ahead[child] = weights[parent, child] @ ahead[parent]
+    for parent, child in reversed(weights):
+        behind[parent] = weights[parent, child].T @ behind[child]
+    return {name: ahead[name] * behind[name] for name in names}, float(ahead[names[-1]].sum())
 
 
 def _estimate(value: float | None, low: float | None, high: float | None) -> dict[str, float | None]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from .. import ops
 from ..errors import InputError, MissingExtra
 from ..groups import Groups, whole
 from ..metrics.causal import REPLICATES
-from ..metrics.statistics import resampled_interval, resampling_weights
+from ..metrics.statistics import resampled_intervals, resampling_weights
 from ..ops import effect_reduction
 from ..ops.latent_sweep import ROW as LATENT_SWEEP
 from ..ops.latent_sweep import Dense, Network
@@ -71,15 +72,14 @@ class PatchEffects:
         """One row per unit: site, unit, effect on the whole output, low, high (bootstrap over samples), recovery."""
         import pandas
 
-        values, rows = self.whole(), []
-        for u, (site, unit) in enumerate(zip(self.sites, self.units, strict=True)):
-            low = high = float("nan")
-            if self.replicates is not None:
-                drawn = self.replicates[:, u].numpy()
-                low, high = resampled_interval(float(values[u]), drawn, self.samples, level)
-            recovered = float("nan") if self.recovery is None else float(self.recovery[u])
-            rows.append((site, unit, float(values[u]), low, high, recovered))
-        return pandas.DataFrame(rows, columns=["site", "unit", "effect", "low", "high", "recovery"])
+        values = self.whole().cpu().numpy()
+        low = high = recovered = np.full(len(values), np.nan)
+        if self.replicates is not None:
+            low, high = resampled_intervals(values, self.replicates.numpy(), self.samples, level)
+        if self.recovery is not None:
+            recovered = self.recovery.cpu().numpy()
+        columns = {"site": self.sites, "unit": self.units, "effect": values}
+        return pandas.DataFrame(columns | {"low": low, "high": high, "recovery": recovered})
 
     def top(self, n: int = 10) -> pandas.DataFrame:
         """The n units of greatest effect."""
@@ -334,7 +334,7 @@ class Sweep:
         self.elements = values[one.output].numel()
         self.groups = self._partition(groups, values[one.output].device)
         self.flops_of_a_pass, self.flops = sum(one.flops), 0
-        downstream = [one.downstream([t.value(one)]) for t in targets]
+        downstream = [one.between([t.value(one)], one.output) for t in targets]
         made = [set().union(*(one.steps[n].makes for n in p.chosen)) for p in downstream]
         largest = max(sum(values[v].nbytes for v in some if v in values) for some in made)
         fitting = max(1, min(most_bytes(values[one.output].device) // max(largest, 1), LARGEST_TILE))
@@ -372,7 +372,7 @@ class Sweep:
                 traced[size] = passes.trace(part, repeats, [t.site for t in targets])
             now = traced[size]
             starts = [t.value(now) for t in targets]
-            programs = [now.downstream([v]) for v in starts]
+            programs = [now.between([v], now.output) for v in starts]
             keep = {v for program in programs for v in program.needs} | set(starts)
             inputs = dict(zip(now.inputs, passes.tensors(part, repeats), strict=True))
             values = now.everything().run(inputs, keep)
@@ -521,7 +521,7 @@ def _kernel_behind(one: Trace, value: Value, values: dict[Value, Tensor], target
         return None
     lead: list[Step] = []
     while True:
-        program = one.downstream([value])
+        program = one.between([value], one.output)
         readers = [one.steps[n] for n in program.chosen if value in one.steps[n].reads]
         if len(readers) != 1 or program.needs:
             return None

@@ -256,6 +256,9 @@ def battery(
         encoded = encode_grid(model, ds, batch=batch, images=images, seed=seed, progress=progress)
     if exact and not encoded.complete:
         raise InputError("exact: needs the whole factor grid, and these images are not one; leave it out")
+    import scipy.stats  # noqa: F401  here, so that no metric's seconds are those of its imports
+    import sklearn.linear_model  # noqa: F401
+
     s = _Samples(encoded, exact, samples, test_samples, replicates, seed, level)
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}

@@ -92,7 +92,7 @@ def _covariances(codes: Any, exact: bool, replicates: int, seed: int) -> tuple[n
     width = varying.max(0) - varying.min(0)  # divided by first, or squares of tiny codes would be 0
     sd = (centred / width).std(0) * width
     scaled = centred / sd
-    scale = np.outer(sd, sd)
+    scale: np.ndarray = np.outer(sd, sd)
     total = scaled.T @ scaled / (n - 1) * scale
     if exact or not replicates or not varying.shape[1]:
         return z, total, np.empty((0, *total.shape))
@@ -115,7 +115,7 @@ def _total_correlation(covariance: np.ndarray) -> np.ndarray:
     varies = (sd > 0).all(1)
     sd = np.where(sd > 0, sd, 1)
     roots = np.linalg.eigvalsh(covariance / sd[:, :, None] / sd[:, None, :])
-    regular = varies & (roots > SINGULAR * max(1, roots.shape[1])).all(1)
+    regular: np.ndarray = varies & (roots > SINGULAR * max(1, roots.shape[1])).all(1)
     logs = np.log(np.where(regular[:, None], roots, 1)).sum(1)
     return np.where(regular, np.maximum(-logs / 2, 0), np.inf)
 

@@ -42,6 +42,9 @@ INLINE M greater(M where, V a, V b) { return _mm512_mask_cmp_pd_mask(where, (__m
 INLINE M equal(V a, V b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_EQ_OQ); }
 INLINE V choose(M m, V yes, V no) { return (V)_mm512_mask_blend_pd(m, (__m512d)no, (__m512d)yes); }
 INLINE V add_where(M m, V a, V b) { return (V)_mm512_mask_add_pd((__m512d)a, m, (__m512d)a, (__m512d)b); }
+// The second where one of them is NaN.
+INLINE V larger(V a, V b) { return (V)_mm512_maskz_max_pd(255, (__m512d)a, (__m512d)b); }
+INLINE V larger_where(M m, V a, V b) { return (V)_mm512_mask_max_pd((__m512d)b, m, (__m512d)a, (__m512d)b); }
 #else
 typedef I M;
 INLINE M mask_of(uint8_t bits) {
@@ -60,6 +63,8 @@ INLINE M greater(M where, V a, V b) { return where & (a > b); }
 INLINE M equal(V a, V b) { return a == b; }
 INLINE V choose(M m, V yes, V no) { return m ? yes : no; }
 INLINE V add_where(M m, V a, V b) { return a + (V)(m & (I)b); }
+INLINE V larger(V a, V b) { return a > b ? a : b; }
+INLINE V larger_where(M m, V a, V b) { return (m & (a > b)) ? a : b; }
 #endif
 
 INLINE V magnitude(V x) { return (V)((I)x & INT64_MAX); }
@@ -86,9 +91,9 @@ INLINE uint64_t mixed(uint64_t z) {
     return z ^ (z >> 31);
 }
 
-// Which node of its level each lane of a sample is in: 2 first + second of four.
+// Which node of its level each lane of a sample is in: of four, 2 first + second.
 struct Path {
-    uint8_t bits[2];  // of the levels so far, a lane a bit: 1 is right
+    uint8_t bits[DEPTH];  // of the levels so far, a lane a bit: 1 is right
 };
 
 struct Where {
@@ -97,7 +102,8 @@ struct Where {
 
 template <int NODES>
 INLINE Where where(const Path& path) {
-    return {mask_of(NODES > 1 ? path.bits[0] : 0), mask_of(NODES > 2 ? path.bits[1] : 0), mask_of(0)};
+    return {mask_of(NODES > 1 ? path.bits[0] : 0), mask_of(NODES > 2 ? path.bits[1] : 0),
+            mask_of(NODES > 4 ? path.bits[2] : 0)};
 }
 
 template <int NODES>
@@ -130,14 +136,34 @@ INLINE V own(const Where& at, const V* of) {
     }
 }
 
-// The codes that lanes ask for, of one sample.
-INLINE V codes_at(const float* x, V latent) {
+// The codes of one sample, for lanes to ask for: in a register where they fit.
+struct Codes {
+    const float* x;
 #if defined(__AVX512F__)
-    return (V)_mm512_maskz_cvtps_pd(255, _mm256_i32gather_ps(x, _mm512_maskz_cvtpd_epi32(255, (__m512d)latent), 4));
+    bool fit;
+    __m512 all;
+#endif
+};
+
+INLINE Codes codes_of(const float* x, int64_t L) {
+#if defined(__AVX512F__)
+    return {x, L <= 16, _mm512_maskz_loadu_ps((__mmask16)((1u << (L < 16 ? L : 16)) - 1), x)};
 #else
-    V codes;
-    for (int c = 0; c < TREES; ++c) codes[c] = x[(int)latent[c]];
-    return codes;
+    return {x};
+#endif
+}
+
+INLINE V at(const Codes& codes, V latent) {
+#if defined(__AVX512F__)
+    const __m256i index = _mm512_maskz_cvtpd_epi32(255, (__m512d)latent);
+    const __m256 asked =
+        codes.fit ? _mm512_castps512_ps256(_mm512_maskz_permutexvar_ps(255, _mm512_castsi256_si512(index), codes.all))
+                  : _mm256_i32gather_ps(codes.x, index, 4);
+    return (V)_mm512_maskz_cvtps_pd(255, asked);
+#else
+    V asked;
+    for (int c = 0; c < TREES; ++c) asked[c] = codes.x[(int)latent[c]];
+    return asked;
 #endif
 }
 
@@ -156,7 +182,7 @@ struct Level {
 };
 
 struct Best {
-    V gain[4];   // of a node, over one latent; negative where no split is possible
+    V gain[4];   // of a node, over one latent, times 1 + TIE; negative where no split is possible
     V first[4];  // the place, in the order of codes, of the first sample on the right
 };
 
@@ -166,16 +192,36 @@ struct Scratch {
     Best* best;  // (L)
 };
 
+// How many codes of a latent equal the one before.
+enum class Ties : uint8_t { few, many, all };
+
 // What the latents have in common for all trees.
 struct Latents {
     const float* sorted;   // (L, N) codes
     const double* reach;   // (L, N) up to where the next code counts as equal
     const double* weight;  // (N) 1 / (n (N - n)); of n = 0 NaN
-    const uint8_t* ties;   // (L) 0 none, 1 some, 2 all codes are equal
+    const Ties* ties;      // (L)
 };
 
-// Best splits on one latent of all nodes of a level.
-template <int NODES, bool TIES>
+template <int NODES>
+INLINE uint8_t same_node(const Path& a, const Path& b) {
+    uint8_t differ = 0;
+    if (NODES > 1) differ |= a.bits[0] ^ b.bits[0];
+    if (NODES > 2) differ |= a.bits[1] ^ b.bits[1];
+    return (uint8_t)~differ;
+}
+
+// The lanes in whose node the sample at place p of an order follows one of an equal code.
+template <int NODES>
+uint8_t follows_equal(const int32_t* order, const float* sorted, const double* reach, const Path* path, int64_t p) {
+    uint8_t lanes = 0;
+    for (int64_t q = p - 1; q >= 0 && lanes != 255 && sorted[p] <= reach[q]; --q)
+        lanes |= same_node<NODES>(path[order[p]], path[order[q]]);
+    return lanes;
+}
+
+// Best splits on one latent of all nodes of a level. A gain is the best if it is more than all before, ties aside.
+template <int NODES, Ties TIES>
 void scan(const int32_t* order, const float* sorted, const double* reach, const double* weight, const Scratch& s,
           const Level& level, int64_t N, Best& out) {
     V sum[NODES], count[NODES], bar[NODES], first[NODES], last[NODES], size[NODES];
@@ -187,13 +233,13 @@ void scan(const int32_t* order, const float* sorted, const double* reach, const 
     }
     for (int64_t p = 0; p < N; ++p) {
         const int64_t i = order[p];
-        const V residual = s.centred[i];
+        const V residual = s.centred[i], place = all((double)p);
+        const bool near = p > 0 && sorted[p] <= reach[p - 1];
         if constexpr (NODES == 1) {
-            if (!TIES || p == 0 || sorted[p] > reach[p - 1]) {
+            if (!near) {
                 const V gain = sum[0] * sum[0] * weight[p];
-                const M better = greater(gain, bar[0]);
-                bar[0] = choose(better, gain * (1 + TIE), bar[0]);
-                first[0] = choose(better, all((double)p), first[0]);
+                first[0] = choose(greater(gain, bar[0]), place, first[0]);
+                bar[0] = larger(gain * (1 + TIE), bar[0]);
             }
             sum[0] += residual;
         } else {
@@ -202,15 +248,18 @@ void scan(const int32_t* order, const float* sorted, const double* reach, const 
             node_masks<NODES>(at, in);
             const V left = own<NODES>(at, sum), n = own<NODES>(at, count);
             V gain = left * left / (n * (own<NODES>(at, size) - n));  // NaN where nothing is on the left
-            if constexpr (TIES) gain = choose(greater(all(sorted[p]), own<NODES>(at, last)), gain, all(-1));
-            const V raised = gain * (1 + TIE), place = all((double)p);
+            if constexpr (TIES == Ties::many) {
+                gain = choose(greater(all(sorted[p]), own<NODES>(at, last)), gain, all(-1));
+                for (int j = 0; j < NODES; ++j) last[j] = choose(in[j], all(reach[p]), last[j]);
+            } else if (__builtin_expect(near, 0)) {
+                gain = choose(mask_of(follows_equal<NODES>(order, sorted, reach, s.path, p)), all(-1), gain);
+            }
+            const V raised = gain * (1 + TIE);
             for (int j = 0; j < NODES; ++j) {
-                const M better = greater(in[j], gain, bar[j]);
-                bar[j] = choose(better, raised, bar[j]);
-                first[j] = choose(better, place, first[j]);
+                first[j] = choose(greater(in[j], gain, bar[j]), place, first[j]);
+                bar[j] = larger_where(in[j], raised, bar[j]);
                 sum[j] = add_where(in[j], sum[j], residual);
                 count[j] = add_where(in[j], count[j], all(1));
-                if constexpr (TIES) last[j] = choose(in[j], all(reach[p]), last[j]);
             }
         }
     }
@@ -258,12 +307,6 @@ int64_t winner(const Best* best, int64_t L, int node, int tree, uint64_t key) {
     return won;
 }
 
-template <int NODES>
-bool same_node(const Path& a, const Path& b, int tree) {
-    const int differ = (NODES > 1 ? a.bits[0] ^ b.bits[0] : 0) | (NODES > 2 ? a.bits[1] ^ b.bits[1] : 0);
-    return !(differ >> tree & 1);
-}
-
 // The splits of one level, and what they take away of the squared error: (L) of each tree.
 template <int NODES>
 void split(const BoostedImportance& args, const Latents& latents, const V* residuals, const Scratch& s,
@@ -277,11 +320,12 @@ void split(const BoostedImportance& args, const Latents& latents, const V* resid
     for (int64_t f = 0; any && f < L; ++f) {
         const float* const sorted = latents.sorted + f * N;
         const double* const reach = latents.reach + f * N;
-        if (latents.ties[f] == 2) {
+        if (latents.ties[f] == Ties::all) {
             for (int j = 0; j < NODES; ++j) s.best[f].gain[j] = all(-1);
         } else {
-            (latents.ties[f] ? scan<NODES, true> : scan<NODES, false>)(args.order + f * N, sorted, reach,
-                                                                       latents.weight, s, level, N, s.best[f]);
+            (latents.ties[f] == Ties::few
+                 ? scan<NODES, Ties::few>
+                 : scan<NODES, Ties::many>)(args.order + f * N, sorted, reach, latents.weight, s, level, N, s.best[f]);
         }
     }
     for (int j = 0; j < NODES; ++j) {
@@ -293,52 +337,47 @@ void split(const BoostedImportance& args, const Latents& latents, const V* resid
             const int32_t* const order = args.order + f * N;
             const int64_t first = (int64_t)s.best[f].first[j][c];
             int64_t last = first - 1;  // on the left
-            while (!same_node<NODES>(s.path[order[last]], s.path[order[first]], c)) --last;
+            while (!(same_node<NODES>(s.path[order[last]], s.path[order[first]]) >> c & 1)) --last;
             const float* const sorted = latents.sorted + f * N;
             chosen.latent[c] = (double)f;
             chosen.threshold[c] = sorted[last] / 2.0 + sorted[first] / 2.0;
-            reduction[f][c] += s.best[f].gain[j][c] * level.size[j][c];
+            reduction[f][c] += s.best[f].gain[j][c] / (1 + TIE) * level.size[j][c];
         }
     }
 }
 
 // Where a level's splits send a sample.
 template <int NODES>
-INLINE M right_of(const float* x, const Where& at, const Split* splits) {
+INLINE M right_of(const Codes& codes, const Where& place, const Split* splits) {
     V latent[NODES], threshold[NODES];
     for (int j = 0; j < NODES; ++j) latent[j] = splits[j].latent, threshold[j] = splits[j].threshold;
-    return greater(codes_at(x, own<NODES>(at, latent)), own<NODES>(at, threshold));
+    return greater(at(codes, own<NODES>(place, latent)), own<NODES>(place, threshold));
 }
 
-INLINE Where leaf_of(const float* x, const Tree& tree) {
-    Where at = {mask_of(0), mask_of(0), mask_of(0)};
-    at.first = right_of<1>(x, at, tree.splits);
-    at.second = right_of<2>(x, at, tree.splits + 1);
-    at.third = right_of<4>(x, at, tree.splits + 3);
-    return at;
+template <int NODES>
+void send(const BoostedImportance& args, const Split* splits, Path* path) {
+    constexpr int LEVEL = NODES == 1 ? 0 : NODES == 2 ? 1 : 2;
+    for (int64_t i = 0; i < args.N; ++i) {
+        const Codes codes = codes_of(args.x + i * args.L, args.L);
+        path[i].bits[LEVEL] = bits_of(right_of<NODES>(codes, where<NODES>(path[i]), splits));
+    }
 }
 
-// One round of eight trees. `shrink` is (K - 1) / K of a lane's factor, 1 where that has two classes.
-void grow(const BoostedImportance& args, const Latents& latents, const V* residuals, const Scratch& s,
-          const uint64_t* keys, V shrink, V* raw, V* raw_test, V* reduction) {
-    const int64_t N = args.N, L = args.L;
-    Tree tree;
-    split<1>(args, latents, residuals, s, keys, tree, reduction);
-    for (int64_t i = 0; i < N; ++i)
-        s.path[i].bits[0] = bits_of(right_of<1>(args.x + i * L, where<1>(s.path[i]), tree.splits));
-    split<2>(args, latents, residuals, s, keys, tree, reduction);
-    for (int64_t i = 0; i < N; ++i)
-        s.path[i].bits[1] = bits_of(right_of<2>(args.x + i * L, where<2>(s.path[i]), tree.splits + 1));
-    split<4>(args, latents, residuals, s, keys, tree, reduction);
+INLINE Where leaf_of(const Codes& codes, const Tree& tree) {
+    Where place = {mask_of(0), mask_of(0), mask_of(0)};
+    place.first = right_of<1>(codes, place, tree.splits);
+    place.second = right_of<2>(codes, place, tree.splits + 1);
+    place.third = right_of<4>(codes, place, tree.splits + 3);
+    return place;
+}
 
-    // One Newton step a leaf: with p the probability, p (1 - p) = |y - p| (1 - |y - p|).
+// What a leaf adds: one Newton step. With p the probability, p (1 - p) = |y - p| (1 - |y - p|).
+void value_leaves(const V* residuals, const Path* path, int64_t N, V shrink, V* values) {
     V sum[LEAVES], curvature[LEAVES], size[LEAVES];
     for (int j = 0; j < LEAVES; ++j) sum[j] = curvature[j] = size[j] = V{};
     for (int64_t i = 0; i < N; ++i) {
-        Where at = where<4>(s.path[i]);
-        at.third = right_of<4>(args.x + i * L, at, tree.splits + 3);
         M in[LEAVES];
-        node_masks<LEAVES>(at, in);
+        node_masks<LEAVES>(where<LEAVES>(path[i]), in);
         const V residual = residuals[i], off = magnitude(residual), bend = off * (1 - off);
         for (int j = 0; j < LEAVES; ++j) {
             sum[j] = add_where(in[j], sum[j], residual);
@@ -349,10 +388,24 @@ void grow(const BoostedImportance& args, const Latents& latents, const V* residu
     for (int j = 0; j < LEAVES; ++j) {
         const M flat = greater(size[j] * 1e-150, curvature[j]);
         const V step = LEARNING_RATE * shrink * sum[j] / curvature[j];
-        tree.values[j] = choose(flat, V{}, choose(greater(size[j], V{}), step, V{}));
+        values[j] = choose(flat, V{}, choose(greater(size[j], V{}), step, V{}));
     }
-    for (int64_t i = 0; i < N; ++i) raw[i] += own<LEAVES>(leaf_of(args.x + i * L, tree), tree.values);
-    for (int64_t i = 0; i < args.T; ++i) raw_test[i] += own<LEAVES>(leaf_of(args.x_test + i * L, tree), tree.values);
+}
+
+// One round of eight trees. `shrink` is (K - 1) / K of a lane's factor, 1 where that has two classes.
+void grow(const BoostedImportance& args, const Latents& latents, const V* residuals, const Scratch& s,
+          const uint64_t* keys, V shrink, V* raw, V* raw_test, V* reduction) {
+    Tree tree;
+    split<1>(args, latents, residuals, s, keys, tree, reduction);
+    send<1>(args, tree.splits, s.path);
+    split<2>(args, latents, residuals, s, keys, tree, reduction);
+    send<2>(args, tree.splits + 1, s.path);
+    split<4>(args, latents, residuals, s, keys, tree, reduction);
+    send<4>(args, tree.splits + 3, s.path);
+    value_leaves(residuals, s.path, args.N, shrink, tree.values);
+    for (int64_t i = 0; i < args.N; ++i) raw[i] += own<LEAVES>(where<LEAVES>(s.path[i]), tree.values);
+    for (int64_t i = 0; i < args.T; ++i)
+        raw_test[i] += own<LEAVES>(leaf_of(codes_of(args.x_test + i * args.L, args.L), tree), tree.values);
 }
 
 // The trees of a factor among all of a round: lanes begin..end, and what they stand for.
@@ -456,14 +509,14 @@ struct Memory {
 };
 
 // Codes in their order, how far they reach, and whether some are equal.
-void lay_out(const BoostedImportance& args, int64_t f, float* sorted, double* reach, uint8_t* ties) {
+void lay_out(const BoostedImportance& args, int64_t f, float* sorted, double* reach, Ties* ties) {
     int64_t steps = 0;
     for (int64_t p = 0; p < args.N; ++p) {
         sorted[p] = args.x[args.order[f * args.N + p] * args.L + f];
         reach[p] = sorted[p] + EQUAL;  // in float, as the codes are compared
         steps += p > 0 && sorted[p] > reach[p - 1];
     }
-    *ties = steps == 0 ? 2 : steps < args.N - 1;
+    *ties = steps == 0 ? Ties::all : args.N - 1 - steps > args.N / 16 ? Ties::many : Ties::few;
 }
 
 }  // namespace
@@ -479,7 +532,7 @@ bool boosted_importance(const BoostedImportance& args) {
     uint64_t* keys;
     double *weight, *reach;
     float* sorted;
-    uint8_t* ties;
+    Ties* ties;
     V *raw, *raw_test, *residuals, *reduction, *shrink;
     Scratch* scratch;
     for (int pass = 0; pass < 2; ++pass) {  // sizes first, then addresses
@@ -488,7 +541,7 @@ bool boosted_importance(const BoostedImportance& args) {
         weight = memory.part<double>(N);
         reach = memory.part<double>(L * N);
         sorted = memory.part<float>(L * N);
-        ties = memory.part<uint8_t>(L);
+        ties = memory.part<Ties>(L);
         raw = memory.part<V>(groups * N);
         raw_test = memory.part<V>(groups * T);
         residuals = memory.part<V>(groups * N);
@@ -514,7 +567,7 @@ bool boosted_importance(const BoostedImportance& args) {
         const Factor f = factor_of(args, begin, k);
         for (int64_t lane = f.begin; lane < f.end; ++lane) {
             const int64_t g = lane / TREES, c = lane % TREES;
-            keys[lane] = mixed(mixed(mixed(args.seed) + (uint64_t)k) + (uint64_t)(lane - f.begin));
+            keys[lane] = mixed(args.keys[k] + (uint64_t)(lane - f.begin));
             if (!f.binary) shrink[g][c] = (double)(args.classes[k] - 1) / (double)args.classes[k];
             for (int64_t i = 0; i < N; ++i) raw[g * N + i][c] = args.prior[lane];
             for (int64_t i = 0; i < T; ++i) raw_test[g * T + i][c] = args.prior[lane];

@@ -16,11 +16,11 @@ struct BoostedImportance {
     const int32_t* labels;   // (K, N) in [0, classes[k])
     const int64_t* classes;  // (K) at least 2, each of which occurs
     int64_t K;
+    const uint64_t* keys;  // (K) of the order in which latents win ties
     const double* prior;  // (trees) of the first round, log of a class's share, of two classes log(share / other share)
     const float* x_test;  // (T, L) codes, finite
     int64_t T;
     int64_t rounds;
-    uint64_t seed;       // of the order in which latents win ties
     double* reduction;   // (K, L) sum over trees of how much squared error the splits on a latent take away
     int32_t* fitted;     // (K, N) predicted classes
     int32_t* predicted;  // (K, T)

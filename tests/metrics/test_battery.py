@@ -46,7 +46,7 @@ class Perfect:
         return mu, torch.full_like(mu, -4.0)
 
 
-FEW = {"samples": 400, "test_samples": 200, "replicates": 20, "progress": False}
+FEW = {"samples": 400, "test_samples": 200, "replicates": 20, "dci_replicates": 5, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,8 @@ def table():
 
 def test_every_metric_has_its_row(table):
     assert list(table.columns) == COLUMNS
-    assert list(table.metric) == list(METRICS) and table.attrs["left_out"] == {}
+    names = [row for metric in METRICS.values() for row in metric.definitions]
+    assert list(table.metric) == names and table.attrs["left_out"] == {}
     assert table.drop(columns=["dropped", "note", "unit"]).notna().all().all()
     assert (table.low <= table.value + 1e-12).all() and (table.value <= table.high + 1e-12).all()
     assert (table.seconds > 0).all() and table.attrs["images"] == 60 and table.attrs["encoding_seconds"] > 0
@@ -65,12 +66,12 @@ def test_every_metric_has_its_row(table):
 
 def test_a_perfect_model_is_told_so(table):
     found = table.set_index("metric")
-    for metric in ("factor_vae_score", "beta_vae_score", "irs"):
+    for metric in ("factor_vae_score", "beta_vae_score", "irs", "dci_informativeness", "dci_disentanglement"):
         assert found.value[metric] == pytest.approx(1, abs=1e-9), metric
     assert found.value["mig"] > 0.95  # of 400 samples: latents seem to tell a little of other factors
     assert found.value["active_units"] == 3 and found.unit["active_units"] == "latents"
     assert found.value["modularity"] > 0.7  # the fourth latent counts 0, samples make the others a little less than 1
-    labelled = [name for name, metric in METRICS.items() if metric.labels]
+    labelled = [row for metric in METRICS.values() if metric.labels for row in metric.definitions]
     assert (found.dropped[labelled] == "colour").all() and (found.dropped.drop(labelled) == "").all()
 
 
@@ -93,7 +94,11 @@ def test_rows_are_those_of_the_metrics(table):
         "wasserstein_correlation_normalised": m.wasserstein_correlation(z, normalised=True, **options),
         "mean_pairwise_mi": m.mean_pairwise_mi(z, **options),
     }
+    trees = m.dci(codes[rows], factors[rows], train=400, test=200, replicates=5)
+    expected |= {f"dci_{name}": estimate for name, estimate in trees.estimates.items()}
+    expected["sap"] = m.sap(codes[rows], factors[rows], train=400, test=200, replicates=20)
     found = table.set_index("metric")
+    assert set(found.index) == {"active_units", *expected}
     for name, score in expected.items():
         row = found.loc[name]
         assert [row.value, row.low, row.high] == [score.value, score.low, score.high], name
@@ -109,22 +114,29 @@ def test_a_seed_gives_the_same_table(table):
 
 def test_exact_is_the_whole_grid():
     exact = battery(Perfect(), Squares(), True, **FEW).set_index("metric")
-    for name, metric in METRICS.items():
+    rows = [(name, metric) for metric in METRICS.values() for name in metric.definitions]
+    for name, metric in rows:
         row = exact.loc[name]
         if metric.exact:
             assert row.low == row.value == row.high and row.resampled == "rows of the whole grid" and row.n == 60, name
         else:
-            assert row.note == "sampled: it has no exact form" and row.n == 200
+            assert row.note == "sampled: it has no exact form" and row.n in (200, 400)
     assert exact.value["modularity"] == pytest.approx(0.75) and exact.value["mean_pairwise_mi"] == 0
     with pytest.raises(InputError, match="whole factor grid"):
         battery(Perfect(), Squares(), True, **FEW, images=30)
+
+
+def test_dci_without_an_interval_says_so():
+    found = battery(Perfect(), Squares(), **(FEW | {"dci_replicates": 0}), only=["dci"]).set_index("metric")
+    assert found.note["dci_completeness"] == "no interval: dci_replicates=0" and math.isnan(found.low["dci_completeness"])
+    assert found.note["dci_informativeness"] == "" and found.low["dci_informativeness"] > 0.9
 
 
 def test_samples_that_are_no_grid():
     some = battery(Perfect(), Squares(), **FEW, images=40)
     assert some.note.str.contains("on 40 labelled samples, no whole factor grid").all()
     found = some.set_index("metric")
-    assert found.n["mig"] == 40 and "26 samples to train and 14 to test" in found.note["explicitness"]
+    assert found.n["mig"] == 40 and "27 training and 13 test samples" in found.note["explicitness"]
     assert "variances from all 40 rows" in found.note["factor_vae_score"]
     codes, factors = noisy(900)
     encoded = Encoded(codes, factors, ("a", "b", "c"), False)
@@ -150,7 +162,13 @@ def test_what_cannot_be_computed_is_said():
     encoded = Encoded(codes[:, :1], factors[:, :1], ("a",), False)
     with pytest.warns(UserWarning, match="modularity .factors: modularity needs two"):
         table = battery(None, None, encoded=encoded, **FEW)
-    assert set(table.attrs["left_out"]) == {"factor_vae_score", "beta_vae_score", "modularity", "mean_pairwise_mi"}
+    assert set(table.attrs["left_out"]) == {
+        "factor_vae_score",
+        "beta_vae_score",
+        "modularity",
+        "mean_pairwise_mi",
+        "sap",
+    }
     assert table.value.notna().all()
 
 
@@ -170,6 +188,7 @@ def test_active_units_and_their_interval():
         ({"samples": 1}, "samples"),
         ({"test_samples": 0}, "test_samples"),
         ({"replicates": -1}, "replicates"),
+        ({"dci_replicates": 0.5}, "dci_replicates"),
         ({"images": 0}, "images"),
         ({"batch": 0}, "batch"),
         ({"level": 95}, "level"),

@@ -1,4 +1,4 @@
-"""What the disentanglement metrics share: their result, rows by factor level, splits, and intervals of shares."""
+"""What the disentanglement metrics share: their result, rows by factor level, and intervals."""
 
 from __future__ import annotations
 
@@ -71,17 +71,6 @@ def fixable(data: Labelled) -> tuple[list[tuple[int, Rows]], str]:
         )
     notes = [f"{', '.join(out)} left out: no value occurs twice"] if out else []
     return kept, "; ".join(notes + ([f"{single} factor values that occur once left out"] if single else []))
-
-
-def split(n: int, train: int, test: int, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """Rows to train and to test on, in random order, and a note: 2/3 and 1/3 where there are fewer than asked for."""
-    if n < 3:
-        raise InputError(f"codes: expected at least 3 samples, to train and to test on, got {n}")
-    order = np.random.default_rng(seed).permutation(n)
-    if n >= train + test:
-        return order[:train], order[train : train + test], ""
-    cut = 2 * n // 3
-    return order[:cut], order[cut:], f"{cut} samples to train and {n - cut} to test, of {train} and {test}"
 
 
 def whole(name: str, value: Any, low: int) -> int:

@@ -62,6 +62,20 @@ def test_codes_that_are_not_finite(metric, bad):
 
 
 @each
+@pytest.mark.parametrize("scale", [1e-250, 1e-30, 1e90])
+def test_tiny_and_huge_codes(metric, scale):
+    codes, factors = noisy(90)
+    assert_defined(metric(codes * scale, factors))
+
+
+@pytest.mark.parametrize("metric", [m for name, m in LABELLED.items() if name not in ("mig", "modularity")])
+def test_codes_whose_squares_overflow(metric):
+    codes, factors = noisy(30)
+    with pytest.raises(InputError, match="within"):
+        metric(codes * 1e160, factors)
+
+
+@each
 @pytest.mark.parametrize("n", [9, 20])
 def test_few_samples(metric, n):
     codes, factors = noisy(n, seed=1)

@@ -128,7 +128,9 @@ def test_exact_is_the_whole_grid():
 
 def test_dci_without_an_interval_says_so():
     found = battery(Perfect(), Squares(), **(FEW | {"dci_replicates": 0}), only=["dci"]).set_index("metric")
-    assert found.note["dci_completeness"] == "no interval: dci_replicates=0" and math.isnan(found.low["dci_completeness"])
+    assert found.note["dci_completeness"] == "no interval: dci_replicates=0" and math.isnan(
+        found.low["dci_completeness"]
+    )
     assert found.note["dci_informativeness"] == "" and found.low["dci_informativeness"] > 0.9
 
 

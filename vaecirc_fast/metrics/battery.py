@@ -24,7 +24,7 @@ from .irs import irs
 from .labelled import Labelled, checked_codes, labelled
 from .mig import mig
 from .sap import sap
-from .score import TEST, TRAIN, WHOLE, Score, sample_weights, whole
+from .score import TEST, TRAIN, WHOLE, Score, moderate, sample_weights, whole
 from .statistics import Estimate, resampled_interval
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class _Samples:
 
 def _active_units(s: _Samples) -> Iterator[Row]:
     """Number of active latents, with the interval of that number over images."""
-    mu = checked_codes(s.codes)
+    mu = moderate(checked_codes(s.codes))
     mu = mu - mu.mean(0)
     noise = np.zeros_like(mu) if s.logvar is None else np.exp(s.logvar.astype(np.float64))
     if not np.isfinite(noise).all():
@@ -256,7 +256,7 @@ def battery(
     replicates: int = 200,
     dci_replicates: int = 0,
     seed: int = 0,
-    only: Sequence[str] | None = None,
+    only: str | Sequence[str] | None = None,
     encoded: Encoded | None = None,
     images: int | None = None,
     batch: int = 250,
@@ -292,6 +292,7 @@ def battery(
         whole(name, value, least)
     if not 0 < level < 1:
         raise InputError(f"level: expected a coverage between 0 and 1, such as 0.95, got {level!r}")
+    only = [only] if isinstance(only, str) else only
     unknown = sorted(set(only or ()) - METRICS.keys())
     if unknown:
         raise InputError(f"only: unknown {', '.join(unknown)}; known are {', '.join(METRICS)}")

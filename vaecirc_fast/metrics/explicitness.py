@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .score import TEST, TRAIN, Score
+from .score import TEST, TRAIN, Score, deviations, moderate
 from .splits import split_samples
 
 _ENTRIES = 1 << 16  # numbers of a chunk of rows, so that it stays in the cache
@@ -47,9 +47,9 @@ def explicitness(
     or where no value can be tested.
     """
     data = split_samples(codes, factors, train, test, seed, factor_names)
-    x, x_test, n = data.codes, data.codes_test, len(data.codes_test)
+    x, x_test, n = moderate(data.codes), moderate(data.codes_test), len(data.codes_test)
     note = "" if (len(x), n) == (train, test) else data.text
-    mean, sd = x.mean(0), x.std(0)
+    mean, sd = x.mean(0), deviations(x) * (1 - 1 / len(x)) ** 0.5
     varies = x.min(0) < x.max(0)
     x = (x[:, varies] - mean[varies]) / sd[varies]
     x_test = (x_test[:, varies] - mean[varies]) / sd[varies]

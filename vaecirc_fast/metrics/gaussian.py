@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import InputError
 from .labelled import checked_codes
-from .score import WHOLE, Score, centred_interval, sample_weights, whole
+from .score import WHOLE, Score, centred_interval, deviations, moderate, sample_weights, whole
 
 SINGULAR = 1e-13  # smallest eigenvalue of a correlation matrix, for each latent, that rounding does not make
 
@@ -82,15 +82,14 @@ def _constant_note(z: np.ndarray) -> str:
 
 def _covariances(codes: Any, exact: bool, replicates: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The codes, the covariance (V, V) of those that vary, and that of each bootstrap replicate (R, V, V)."""
-    z = checked_codes(codes)
+    z = moderate(checked_codes(codes))
     replicates = whole("replicates", replicates, 0)
     n = len(z)
     if n < 2:
         raise InputError("codes: expected at least 2 samples, to have a covariance, got 1")
     varying = z[:, z.min(0) < z.max(0)]
     centred = varying - varying.mean(0)
-    width = varying.max(0) - varying.min(0)  # divided by first, or squares of tiny codes would be 0
-    sd = (centred / width).std(0) * width
+    sd = deviations(varying)
     scaled = centred / sd
     scale: np.ndarray = np.outer(sd, sd)
     total = scaled.T @ scaled / (n - 1) * scale

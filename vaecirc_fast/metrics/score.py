@@ -15,6 +15,7 @@ from .statistics import FEW, Estimate, percentile_interval, resampled_interval, 
 
 WHOLE = "rows of the whole grid"
 TRAIN, TEST = 10_000, 5_000  # samples of the reference protocol
+LARGEST = 1e100  # magnitude of codes where squares are added
 _KEPT = 1 << 22  # bootstrap weights that are kept for the next metric
 
 
@@ -71,6 +72,23 @@ def fixable(data: Labelled) -> tuple[list[tuple[int, Rows]], str]:
         )
     notes = [f"{', '.join(out)} left out: no value occurs twice"] if out else []
     return kept, "; ".join(notes + ([f"{single} factor values that occur once left out"] if single else []))
+
+
+def moderate(codes: np.ndarray) -> np.ndarray:
+    """`codes`; InputError where their squares could overflow."""
+    largest = max(float(codes.max()), -float(codes.min()))
+    if largest > LARGEST:
+        raise InputError(
+            f"codes: expected numbers within +-{LARGEST:g}, whose squares float64 can add, got {largest:g}"
+        )
+    return codes
+
+
+def deviations(codes: np.ndarray) -> np.ndarray:
+    """Standard deviation (dividing by N - 1) of each latent: (L,), 0 of constant ones alone."""
+    low, width = codes.min(0), np.ptp(codes, 0)
+    # in units of the range, or the squares of tiny codes would be 0
+    return ((codes - low) / np.where(width > 0, width, 1)).std(0, ddof=min(1, len(codes) - 1)) * width
 
 
 def whole(name: str, value: Any, low: int) -> int:

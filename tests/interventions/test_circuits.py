@@ -32,9 +32,8 @@ def test_tables():
     assert ((table.low <= table.loss) & (table.loss <= table.high)).all()
     edges = C.edge_table()
     assert list(edges.columns) == ["parent", "child", "effect", "low", "high", "share"]
-    assert {(a, b) for a, b in zip(edges.parent, edges.child, strict=True)} >= {
-        (f"{s}[{u}]", "output") for s, u in C.nodes
-    }
+    names = list(zip(edges.parent, edges.child, strict=True))
+    assert set(names) >= {(f"{site}[{unit}]", "output") for site, unit in C.nodes}
     text = str(C)
     assert "7 units, for output" in text and "goal 0.97 reached in the search" in text and C.plan in text
 

@@ -41,7 +41,6 @@ def moved(p, latent):
         (planted.relu.kink, "1", "channel", [{0, 1}, {2}]),
         (planted.relu.gate, "2", "channel", [{0, 1}, {0}]),
         (planted.conv.quadrants, "fc", "channel", "places"),
-        (planted.conv.quadrants, "grid", "element", "places"),
         (planted.conv.thresholds, "relu", "element", "places"),
     ],
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from .. import ops
 from ..errors import InputError, MissingExtra
 from ..groups import Groups, whole
 from ..metrics.causal import REPLICATES
-from ..metrics.statistics import resampled_interval, resampling_weights
+from ..metrics.statistics import resampled_intervals, resampling_weights
 from ..ops import effect_reduction
 from ..ops.latent_sweep import ROW as LATENT_SWEEP
 from ..ops.latent_sweep import Dense, Network
@@ -23,9 +24,9 @@ from ..reference.effect_reduction import KINDS
 from .engine import most_bytes, slices
 from .fused import agrees, backend_for
 from .networks import ACTIVATIONS, record
-from .patching import ABLATIONS, Readout, ablated, device_of, inputs_of, quiet, run_with_cache, taken
+from .patching import ABLATIONS, Readout, ablated, device_of, inputs_of, quiet, read_out, run_with_cache, taken
 from .selection import Selection, is_pattern, resolve, units
-from .trace import Program, Step, Trace, Value, trace
+from .trace import Program, Step, Trace, Value, laid_out, same, trace
 
 if TYPE_CHECKING:
     import pandas
@@ -71,15 +72,14 @@ class PatchEffects:
         """One row per unit: site, unit, effect on the whole output, low, high (bootstrap over samples), recovery."""
         import pandas
 
-        values, rows = self.whole(), []
-        for u, (site, unit) in enumerate(zip(self.sites, self.units, strict=True)):
-            low = high = float("nan")
-            if self.replicates is not None:
-                drawn = self.replicates[:, u].numpy()
-                low, high = resampled_interval(float(values[u]), drawn, self.samples, level)
-            recovered = float("nan") if self.recovery is None else float(self.recovery[u])
-            rows.append((site, unit, float(values[u]), low, high, recovered))
-        return pandas.DataFrame(rows, columns=["site", "unit", "effect", "low", "high", "recovery"])
+        values = self.whole().cpu().numpy()
+        low = high = recovered = np.full(len(values), np.nan)
+        if self.replicates is not None:
+            low, high = resampled_intervals(values, self.replicates.numpy(), self.samples, level)
+        if self.recovery is not None:
+            recovered = self.recovery.cpu().numpy()
+        columns = {"site": self.sites, "unit": self.units, "effect": values}
+        return pandas.DataFrame(columns | {"low": low, "high": high, "recovery": recovered})
 
     def top(self, n: int = 10) -> pandas.DataFrame:
         """The n units of greatest effect."""
@@ -145,6 +145,7 @@ def patch_sweep(
         passes = Passes(module, args, rows, readout)
         targets = targets_at(passes, sites, unit, heads)
         sources = Sources(module, source_args, rows, ablation, reference, seed)
+        passes.check_repeatable(source_args)
         sweep = Sweep(passes, targets, sources, effect, groups, recovery, tile)
         return sweep.run(replicates, seed, started)
 
@@ -219,8 +220,24 @@ class Passes:
         self.module, self.args, self.rows, self.readout = module, args, rows, readout
 
     def output(self, args: tuple) -> Tensor:
-        y = self.module(*args)
-        return y if self.readout is None else self.readout(y)
+        return read_out(self.module(*args), self.readout)
+
+    def check_repeatable(self, source: tuple | None) -> None:
+        """InputError where a rerun of the first row's operations gives other numbers than the module does, for its own
+        row or the source's."""
+        traced = self.trace(slice(0, 1), 1, [])
+        for name, given in (("", self.args), (" for x_source", source)):
+            args = taken(given or (), self.rows, slice(0, 1))
+            tensors = [a for a in args if isinstance(a, Tensor) and a.ndim]
+            if not given or [t.shape for t in tensors] != [t.shape for t in self.tensors(slice(0, 1))]:
+                continue
+            again = traced.everything().run(dict(zip(traced.inputs, tensors, strict=True)))[traced.output]
+            plain = self.output(args)
+            if bool(torch.isfinite(plain).all()) and not same(again, plain):
+                raise InputError(
+                    f"module: gives other numbers{name} when {'it' if not name else 'what it executed'} runs again; it "
+                    "keeps state between calls, draws random numbers, or computes outside torch on values that it reads"
+                )
 
     def tensors(self, part: slice, repeats: int = 1) -> list[Tensor]:
         """The arguments that are traced, for some rows, each repeated."""
@@ -239,7 +256,9 @@ class Passes:
         # two selections of one site are one place
         made, y = trace(self.module, call, [args[n] for n in where], list(dict.fromkeys(sites)))
         if y.ndim < 2 or len(y) != len(args[where[0]]):
-            raise InputError(f"module: its output has shape {tuple(y.shape)}, expected (rows, ...)")
+            name = "module: its output has" if self.readout is None else "readout: gives"
+            expected = "(rows, ...) with more than the axis of rows"
+            raise InputError(f"{name} shape {tuple(y.shape)} for {len(args[where[0]])} rows, expected {expected}")
         return made
 
 
@@ -315,7 +334,7 @@ class Sweep:
         self.elements = values[one.output].numel()
         self.groups = self._partition(groups, values[one.output].device)
         self.flops_of_a_pass, self.flops = sum(one.flops), 0
-        downstream = [one.downstream([t.value(one)]) for t in targets]
+        downstream = [one.between([t.value(one)], one.output) for t in targets]
         made = [set().union(*(one.steps[n].makes for n in p.chosen)) for p in downstream]
         largest = max(sum(values[v].nbytes for v in some if v in values) for some in made)
         fitting = max(1, min(most_bytes(values[one.output].device) // max(largest, 1), LARGEST_TILE))
@@ -353,7 +372,7 @@ class Sweep:
                 traced[size] = passes.trace(part, repeats, [t.site for t in targets])
             now = traced[size]
             starts = [t.value(now) for t in targets]
-            programs = [now.downstream([v]) for v in starts]
+            programs = [now.between([v], now.output) for v in starts]
             keep = {v for program in programs for v in program.needs} | set(starts)
             inputs = dict(zip(now.inputs, passes.tensors(part, repeats), strict=True))
             values = now.everything().run(inputs, keep)
@@ -446,7 +465,7 @@ class Sweep:
             n = chunk.stop - chunk.start
             chosen = torch.zeros(repeats, len(labels), dtype=torch.bool, device=base.device)
             chosen[:n] = labels == numbers[chunk, None]
-            mixed = torch.where(chosen, new, rows).view(activation.shape)
+            mixed = laid_out(torch.where(chosen, new, rows), activation)
             y = program.run({**values, start: mixed})[program.trace.output].flatten(1)
             self.flops += program.flops
             e = effect_reduction(base, y[:, None], self.effect, groups=groups)
@@ -502,7 +521,7 @@ def _kernel_behind(one: Trace, value: Value, values: dict[Value, Tensor], target
         return None
     lead: list[Step] = []
     while True:
-        program = one.downstream([value])
+        program = one.between([value], one.output)
         readers = [one.steps[n] for n in program.chosen if value in one.steps[n].reads]
         if len(readers) != 1 or program.needs:
             return None

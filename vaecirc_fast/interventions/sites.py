@@ -26,10 +26,13 @@ if TYPE_CHECKING:
 
 
 def wrap(module: nn.Module, example: Any = None) -> Wrapped:
-    """A view of any module by its sites. `example`: an input to trace shapes with; our models bring their own."""
+    """A view of any module by its sites. `example`: an input to trace shapes with; our models bring their own.
+
+    Of a compiled module the sites are those of the module that was compiled, which runs as it was written.
+    """
     if not isinstance(module, nn.Module):
         raise InputError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    return Wrapped(module, example)
+    return Wrapped(getattr(module, "_orig_mod", module), example)
 
 
 class Wrapped:
@@ -137,7 +140,7 @@ class Wrapped:
         was_training = [m for m in self.module.modules() if m.training]
         try:
             self.module.eval()
-            with torch.no_grad(), counter:
+            with torch.no_grad(), patching.as_written(), counter:
                 self.module(*example if isinstance(example, tuple) else (example,))
         finally:
             for handle in handles:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interventions.live_memory import LiveMemory
 from torch import nn
 
 import vaecirc_fast as vf
@@ -499,3 +500,19 @@ def test_bad_input(options, message):
 def test_variants_are_named():
     with pytest.raises(InputError, match="variants: expected inputs by name"):
         motifs(nn.Linear(3, 2), torch.rand(3, 3), {})
+
+
+@pytest.mark.deep
+def test_memory_does_not_grow_with_candidates_or_rounds():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 256), nn.Tanh(), nn.Linear(256, 64), nn.Tanh(), nn.Linear(64, 4))
+    x, other = torch.randn(2, 8, 4)
+    peaks = []
+    for sites, most in ((["0[:16]"], 2), (["0"], 2), (["0"], 12)):
+        options = {"sites": sites, "max_units": most, "faithfulness": 1, "replicates": 0, "edges": False, "tile": 16}
+        with LiveMemory() as memory:
+            C = discover(net, x, other, **options)
+        assert len(C) == most
+        peaks.append(memory.peak)
+    numbers = 8 * 8 * 256 * 4  # of each pair and candidate, in float64, a few times
+    assert peaks[1] < peaks[0] + numbers and peaks[2] < 1.1 * peaks[1]

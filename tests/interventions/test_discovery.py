@@ -51,6 +51,8 @@ def test_planted_circuits_and_nothing_else(make, site, unit, expected, method):
         places = planted.conv.PLACES
         expected = [{np.ravel_multi_index(place[:3], (2, 8, 8)) for place in of} for of in places]
     for latent, units in enumerate(expected):
+        if method != "greedy" and latent in (1, 2, 3) and len(expected) == 5:
+            continue  # a latent of two places and one of one are enough
         C = vf.wrap(p.decoder).discover(p.z, moved(p, latent), sites=[site], unit=unit, method=method, **EXACT)
         assert set(C.nodes) == {(site, u) for u in units} and len(C) == len(units)
         assert C.reached and C.found == C.faithfulness.value == pytest.approx(1, abs=1e-12)
@@ -351,7 +353,7 @@ def test_targets():
     assert alone.reached and by_function.target == "<lambda>"
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6, unique=True), st.floats(0.05, 1))
 def test_units_with_outputs_of_their_own(sizes, goal):
     """Then recoveries add up, more units never recover less, and greedy finds the smallest set: the largest shares."""
@@ -376,6 +378,40 @@ def test_float32_and_what_stays_as_it_was():
     assert module.training and C.nodes == exact.nodes
     assert C.faithfulness.value == pytest.approx(exact.faithfulness.value, rel=1e-4)
     assert C.nodes == discover(module, x.float(), other.float(), sites=SITES).nodes
+
+
+class Sequence(nn.Module):
+    """A transformer that gives a dictionary and takes a scale beside its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x, scale):
+        return {"logits": self.head(scale * self.block(x)), "more": x}
+
+
+@pytest.mark.parametrize(("unit", "specs"), [("token", ["[0]", "[1]", "[2]", "[3]"]), ("head", ["[:, :4]", "[:, 4:]"])])
+def test_tokens_heads_arguments_and_readouts(unit, specs):
+    """A circuit recovers what the joint patch of the same units does."""
+    torch.manual_seed(1)
+    module = Sequence().double()
+    x, other = torch.randn(2, 6, 4, 8, dtype=torch.float64)
+    site, m = "block.norm1", vf.wrap(module)
+    C = m.discover(
+        (x, 2.0), (other, 2.0), sites=[site], unit=unit, heads=2, faithfulness=0.7, readout=lambda out: out["logits"]
+    )
+    assert C.reached and C.unit == unit and C.candidates == len(specs)
+    y1, cache = m.run_with_cache((other, 2.0), [site])
+    y = m.patch((x, 2.0), {f"{site}{specs[u]}": cache for u in C.units})
+    y0 = m.run_with_cache((x, 2.0), [site])[0]
+    near, apart = ((z["logits"] - y1["logits"]).square().mean() for z in (y, y0))
+    assert C.faithfulness.value == pytest.approx(1 - float(near / apart), abs=1e-12)
+    with pytest.raises(InputError, match="x_source: argument 1 differs"):
+        m.discover((x, 2.0), (other, 3.0), sites=[site], readout=lambda out: out["logits"])
+    with pytest.raises(InputError, match="its output is dict; readout= must choose"):
+        m.discover((x, 2.0), (other, 2.0), sites=[site])
 
 
 # --- edges -----------------------------------------------------------------------------------------------------------

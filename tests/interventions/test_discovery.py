@@ -351,6 +351,12 @@ def test_targets():
     assert by_name.nodes == by_number.nodes == by_function.nodes and by_name.target == "group right"
     assert by_name.faithfulness.value == pytest.approx(by_function.faithfulness.value, abs=1e-12)
     assert alone.reached and by_function.target == "<lambda>"
+    by_index = discover(module, x, other, "output[2:]", sites=SITES)
+    assert by_index.nodes == by_name.nodes and by_index.target == "output[2:]"
+    assert by_index.faithfulness.value == pytest.approx(by_name.faithfulness.value, abs=1e-12)
+    mean = discover(module, x, other, "output.mean", sites=SITES)
+    same = discover(module, x, other, lambda y: y.mean(1), sites=SITES)
+    assert mean.nodes == same.nodes and mean.found == same.found and mean.target == "output.mean"
 
 
 @settings(max_examples=10)
@@ -412,6 +418,8 @@ def test_tokens_heads_arguments_and_readouts(unit, specs):
         m.discover((x, 2.0), (other, 3.0), sites=[site], readout=lambda out: out["logits"])
     with pytest.raises(InputError, match="its output is dict; readout= must choose"):
         m.discover((x, 2.0), (other, 2.0), sites=[site])
+    with pytest.raises(InputError, match="its output is dict; readout= must choose"):
+        m.discover((x, 2.0), (other, 2.0), "output.mean", sites=[site])
 
 
 # --- edges -----------------------------------------------------------------------------------------------------------
@@ -519,6 +527,8 @@ def test_selections_of_one_site_and_sites_of_one_activation():
         ({"target": 0, "groups": partitions.whole(3)}, "groups: partition 3 elements, but the output has 2"),
         ({"groups": partitions.whole(2)}, "groups: are for a target that is one of them"),
         ({"target": 1.5}, "target: expected None, a group"),
+        ({"target": "output[5]"}, "index 5 is out of range"),
+        ({"target": "logits"}, "target: group 'logits' needs groups="),
         ({"target": lambda y: float(y.sum())}, "target: expected a tensor"),
         ({"target": lambda y: y / 0}, "NaN or infinity"),
     ],

@@ -12,7 +12,14 @@ from .effect_sizes import cliffs_delta, cohens_d, hedges_g
 from .estimate import FEW, Estimate, Inference, Verdict, verdict
 from .families import family, holm_sidak
 from .mixed import MixedSlope, mixed_slope
-from .resampling import bootstrap, percentile_interval, poisson_weights, resampled_interval, resampling_weights
+from .resampling import (
+    bootstrap,
+    percentile_interval,
+    poisson_weights,
+    resampled_interval,
+    resampled_intervals,
+    resampling_weights,
+)
 from .seeds import hierarchical_interval, prediction_interval, seeds_needed, seeds_table, t_interval
 
 __all__ = [
@@ -41,6 +48,7 @@ __all__ = [
     "poisson_weights",
     "prediction_interval",
     "resampled_interval",
+    "resampled_intervals",
     "resampling_weights",
     "seeds_needed",
     "seeds_table",

@@ -119,6 +119,17 @@ def resampled_interval(value: float, replicates: Any, n: int, level: float = 0.9
     return value - half, value + half
 
 
+def resampled_intervals(values: Any, replicates: Any, n: int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """`resampled_interval` of many statistics at once: values (U,), replicates (R, U); low and high, (U,) each."""
+    values, replicates = as_array(values), as_array(replicates)
+    if n >= FEW and replicates.size and bool(np.isfinite(replicates).all() and np.isfinite(values).all()):
+        check_level(level)
+        low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2], axis=0, method="weibull")
+        return low, high
+    bounds = [resampled_interval(float(v), replicates[:, u], n, level) for u, v in enumerate(values)]
+    return np.array([low for low, _ in bounds]), np.array([high for _, high in bounds])
+
+
 def bootstrap(
     x: Any,
     f: Callable[..., Any] | None = None,

@@ -168,6 +168,14 @@ def test_the_permuted_null_of_specificity_is_that_of_exchangeable_latents(digits
     assert verdicts(alike)["permuted"] == "not cleared"
 
 
+def test_scores_of_the_battery_are_known_by_name(trained, digits):
+    found = controls(trained, digits, "irs", only=["permuted", "decoder retrained"], **FEW)
+    mu, _ = evaluation(digits, 300, 8, 0).codes(trained.eval())
+    expected = vf.metrics.irs(mu.detach().numpy(), evaluation(digits, 300, 8, 0).v.numpy(), replicates=0)
+    assert found.result.value == pytest.approx(expected.value) and found.result.low < found.result.high
+    assert verdicts(found)["decoder retrained"] in ("equivalent", "not trained")
+
+
 # --- the models compared with ----------------------------------------------------------------------------------------
 
 

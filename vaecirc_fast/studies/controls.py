@@ -113,8 +113,9 @@ def controls(
 ) -> Controls:
     """Compare `metric` of `model` on `ds` with its null and its stability controls. The model is not changed.
 
-    metric: "mig", "ces_raw", "ces_posterior", "ces_resample", "specificity" or "reconstruction", on `images` images
-    (all where there are fewer) and the first `sweep_images` of them for sweeps; or a function of (model, ds) that gives
+    metric: "mig", "ces_raw", "ces_posterior", "ces_resample", "specificity", "reconstruction" or a score of
+    `metrics.battery` that needs factors, on `images` images (all where there are fewer) and the first `sweep_images` of
+    them for sweeps; or a function of (model, ds) that gives
     a number, an `Estimate`, or a pair of that and an array (L,) of values of the latents, for the rank correlation.
 
     *Null* controls, `nulls` models each: "untrained", the architecture drawn anew; "permuted", unit-wise permuted

@@ -119,6 +119,7 @@ def matrix(
             cls = "tick light" if shades[r, c] > 165 else "tick dark"
             places = 2 if value < 9.995 else 1
             words = f"{value:.{places}f}".replace("-", "−") if np.isfinite(value) else "–"
+            words = words.lstrip("−") if not words.strip("−0.") else words
             parts.append(text(left + (c + 0.5) * width, y, words, "middle", cls))
     return picture("".join(parts), WIDTH, head + count * height + 2, what)
 

@@ -25,7 +25,10 @@ HEAD = "encoder.mu"
 
 # Name, unit and definition of what is added to the main table.
 DEFINITIONS = {
-    "circuit_q": ("", "Newman's Q of the graph of direct effects latents -> decoder's units -> image cells"),
+    "circuit_q": (
+        "",
+        "Newman's Q of the graph of direct effects from latents by the decoder's units to 4 x 4 image cells",
+    ),
     "circuit_modularity": ("", "Q - mean Q of 50 graphs whose weights are permuted within each pair of layers"),
 }
 

@@ -260,7 +260,7 @@ def _unbounded(values: dict[str, float | None], n: int) -> dict[str, dict[str, A
 
 
 def _direct_effects(
-    decoder: nn.Module, z: Tensor, others: Tensor
+    decoder: Any, z: Tensor, others: Tensor
 ) -> tuple[dict[str, int], dict[tuple[str, str], Tensor]]:
     """Sizes of the layers by name, and (V, U) direct effects of each pair of neighbours in child sd per parent sd."""
     chain = _layers(decoder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -143,7 +144,7 @@ def strips(drawn: Sequence[Strip], rows: Sequence[str], top: float, what: str) -
         parts.append(text(left, y + 13, strip.heading, cls="heading"))
         parts.append(text(WIDTH, y + 13, strip.remark, "end", "tick"))
         y += head
-        box = {"x": left, "y": y, "width": WIDTH - left, "height": height * len(rows)}
+        box: dict[str, Any] = {"x": left, "y": y, "width": WIDTH - left, "height": height * len(rows)}
         address = png(enlarged(shades, 64), PALETTE)
         parts.append(tag("image", href=address, preserveAspectRatio="none", cls="pixels", **box))
         for r, name in enumerate(rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -251,7 +252,7 @@ def circuit_graph_of(model: VAE, ds: Dataset, *, pairs: int, units: int, seed: i
     return Graph(found, weights, _unbounded(values, pairs))
 
 
-def _unbounded(values: dict[str, float | None], n: int) -> dict[str, dict[str, Any]]:
+def _unbounded(values: Mapping[str, float | None], n: int) -> dict[str, dict[str, Any]]:
     """Modularity has no interval within a run: resampled edges are noisier, and so of another modularity."""
     return {
         name: {"value": value, "low": None, "high": None, "resampled": "", "n": n, "level": 0.95}
@@ -259,9 +260,7 @@ def _unbounded(values: dict[str, float | None], n: int) -> dict[str, dict[str, A
     }
 
 
-def _direct_effects(
-    decoder: Any, z: Tensor, others: Tensor
-) -> tuple[dict[str, int], dict[tuple[str, str], Tensor]]:
+def _direct_effects(decoder: Any, z: Tensor, others: Tensor) -> tuple[dict[str, int], dict[tuple[str, str], Tensor]]:
     """Sizes of the layers by name, and (V, U) direct effects of each pair of neighbours in child sd per parent sd."""
     chain = _layers(decoder)
     *names, last = chain

@@ -516,7 +516,8 @@ void lay_out(const BoostedImportance& args, int64_t f, float* sorted, double* re
         reach[p] = sorted[p] + EQUAL;  // in float, as the codes are compared
         steps += p > 0 && sorted[p] > reach[p - 1];
     }
-    *ties = steps == 0 ? Ties::all : args.N - 1 - steps > args.N / 16 ? Ties::many : Ties::few;
+    const bool constant = sorted[args.N - 1] <= reach[0];
+    *ties = constant ? Ties::all : args.N - 1 - steps > args.N / 16 ? Ties::many : Ties::few;
 }
 
 }  // namespace

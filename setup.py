@@ -22,6 +22,7 @@ OPS = [
     "render_sprites",
     "sparse_adam",
     "sparse_decode",
+    "tc_logsumexp",
     "threshold_encode",
     "topk",
     "topk_encode",

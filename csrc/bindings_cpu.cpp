@@ -17,6 +17,7 @@
 #include "cpu/render_sprites.h"
 #include "cpu/sparse_adam.h"
 #include "cpu/sparse_decode.h"
+#include "cpu/tc_logsumexp.h"
 #include "cpu/threshold_encode.h"
 #include "cpu/topk.h"
 #include "cpu/topk_encode.h"
@@ -34,6 +35,8 @@ struct Kernels {
     bool (*latent_sweep)(const LatentSweep&);
     bool (*patch_mix)(const PatchMix&);
     int64_t (*render_sprites)(const RenderSprites&);
+    bool (*tc_logsumexp)(const TcLogsumexp&);
+    bool (*tc_logsumexp_backward)(const TcLogsumexpBackward&);
     void (*threshold_encode)(const ThresholdEncode&);
     void (*threshold_encode_backward)(const ThresholdEncodeBackward&);
     bool (*topk)(const TopK&);
@@ -56,6 +59,8 @@ struct Kernels {
      set::latent_sweep,              \
      set::patch_mix,                 \
      set::render_sprites,            \
+     set::tc_logsumexp,              \
+     set::tc_logsumexp_backward,     \
      set::threshold_encode,          \
      set::threshold_encode_backward, \
      set::topk,                      \
@@ -155,6 +160,17 @@ NetworkRows rows_of(const char* op, const NetworkArguments& given, std::vector<S
             threads};
 }
 
+// Of tc_logsumexp: type, z, mean, scale, constant; sizes B, M, L, stride; weights; threads.
+typedef std::tuple<int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, std::array<int64_t, 4>, std::array<double, 2>, int>
+    TcArguments;
+
+TcLogsumexp tc_of(const TcArguments& given, uintptr_t joint, uintptr_t marginals) {
+    const auto& [dtype, z, mean, scale, constant, sizes, weights, threads] = given;
+    const auto [B, M, L, stride] = sizes;
+    return {DType(dtype), at<void>(z), at<void>(mean), at<void>(scale), at<void>(constant),  B,      M, L,
+            stride,       weights[0],  weights[1],     at<void>(joint), at<void>(marginals), threads};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -210,6 +226,17 @@ PYBIND11_MODULE(_C, m) {
                                              at<int32_t>(first), at<Crossing>(crossings), ImageFormat(format),
                                              at<void>(out), fresh, threads});
           });
+    m.def("tc_logsumexp", [](const TcArguments& given, uintptr_t joint, uintptr_t marginals) {
+        py::gil_scoped_release release;
+        checked(chosen->tc_logsumexp(tc_of(given, joint, marginals)));
+    });
+    // read: joint, marginals and their gradients; written: gradients of z, the means and the log variances.
+    m.def("tc_logsumexp_backward", [](const TcArguments& given, const std::array<uintptr_t, 4>& read,
+                                      const std::array<uintptr_t, 3>& written) {
+        py::gil_scoped_release release;
+        checked(chosen->tc_logsumexp_backward({tc_of(given, read[0], read[1]), at<void>(read[2]), at<void>(read[3]),
+                                               at<void>(written[0]), at<void>(written[1]), at<void>(written[2])}));
+    });
     m.def(
         "threshold_encode", [](uintptr_t pre, uintptr_t acts, int64_t B, int64_t M, uintptr_t bias, uintptr_t threshold,
                                int kind, uintptr_t penalty, uintptr_t l0, uintptr_t fired, int threads) {

@@ -7,6 +7,7 @@ from .patch_mix import patch_mix
 from .render_sprites import render_sprites
 from .sparse_adam import sparse_adam
 from .sparse_decode import sparse_decode
+from .tc_logsumexp import tc_logsumexp
 from .threshold_encode import threshold_encode
 from .topk import topk
 from .topk_encode import topk_encode
@@ -19,6 +20,7 @@ __all__ = [
     "render_sprites",
     "sparse_adam",
     "sparse_decode",
+    "tc_logsumexp",
     "threshold_encode",
     "topk",
     "topk_encode",

@@ -17,6 +17,7 @@ from setuptools.errors import CompileError
 OPS = [
     "direct_edges",
     "effect_reduction",
+    "histogram_mi",
     "latent_sweep",
     "patch_mix",
     "render_sprites",

@@ -12,6 +12,7 @@
 #include "common.h"
 #include "cpu/direct_edges.h"
 #include "cpu/effect_reduction.h"
+#include "cpu/histogram_mi.h"
 #include "cpu/latent_sweep.h"
 #include "cpu/patch_mix.h"
 #include "cpu/render_sprites.h"
@@ -32,6 +33,8 @@ struct Kernels {
     void (*direct_edges)(const DirectEdges&);
     bool (*effect_reduction)(const EffectReduction&);
     bool (*effect_reduction_backward)(const EffectReductionBackward&);
+    void (*histogram_cut)(const HistogramCut&);
+    bool (*histogram_mi)(const HistogramMi&);
     bool (*latent_sweep)(const LatentSweep&);
     bool (*patch_mix)(const PatchMix&);
     int64_t (*render_sprites)(const RenderSprites&);
@@ -56,6 +59,8 @@ struct Kernels {
      set::direct_edges,              \
      set::effect_reduction,          \
      set::effect_reduction_backward, \
+     set::histogram_cut,             \
+     set::histogram_mi,              \
      set::latent_sweep,              \
      set::patch_mix,                 \
      set::render_sprites,            \
@@ -201,6 +206,24 @@ PYBIND11_MODULE(_C, m) {
               checked(chosen->effect_reduction_backward(
                   {at<void>(base), at<void>(perturbed), at<int32_t>(labels), DType(dtype), Link(link), B, I, P, G,
                    at<void>(factors), factors_stride, at<void>(grad_base), at<void>(grad_perturbed), threads}));
+          });
+    // sizes: N, L, bins.
+    m.def("histogram_cut", [](int dtype, uintptr_t codes, uintptr_t edges, const std::array<int64_t, 3>& sizes,
+                              uintptr_t out, int threads) {
+        py::gil_scoped_release release;
+        const auto [N, L, bins] = sizes;
+        chosen->histogram_cut(
+            {DType(dtype), at<void>(codes), at<double>(edges), N, L, bins, at<int32_t>(out), threads});
+    });
+    // sizes: N, L, K, R, bins. out: information, entropies of codes and levels, information between codes.
+    m.def("histogram_mi",
+          [](uintptr_t codes, uintptr_t levels, uintptr_t weights, const std::vector<int64_t>& counts,
+             const std::array<int64_t, 5>& sizes, bool pairs, const std::array<uintptr_t, 4>& out, int threads) {
+              py::gil_scoped_release release;
+              const auto [N, L, K, R, bins] = sizes;
+              checked(chosen->histogram_mi({at<int32_t>(codes), at<int32_t>(levels), at<uint8_t>(weights),
+                                            counts.data(), N, L, K, R, bins, pairs, at<double>(out[0]),
+                                            at<double>(out[1]), at<double>(out[2]), at<double>(out[3]), threads}));
           });
     // sizes: B, L, J, K, P, G. layers: 12 numbers each, those of SweepLayer after its pointers, led by kind and
     // activation.

@@ -2,6 +2,7 @@
 
 from .direct_edges import direct_edges
 from .effect_reduction import effect_reduction
+from .histogram_mi import histogram_mi
 from .latent_sweep import latent_sweep
 from .patch_mix import patch_mix
 from .render_sprites import render_sprites
@@ -15,6 +16,7 @@ from .topk_encode import topk_encode
 __all__ = [
     "direct_edges",
     "effect_reduction",
+    "histogram_mi",
     "latent_sweep",
     "patch_mix",
     "render_sprites",

@@ -212,7 +212,7 @@ def _cpp_backward(
     grad_z, of_parameters = torch.empty(z.shape, dtype=z.dtype), torch.empty(2, *tables.shape[1:], dtype=z.dtype)
     written = (grad_z, *of_parameters)
     _native.cpp().tc_logsumexp_backward(given, [t.data_ptr() for t in read], [t.data_ptr() for t in written])
-    grad_mu, grad_logvar = of_parameters[:, :, : len(mu)].mT.contiguous()
+    grad_mu, grad_logvar = (table[:, : len(mu)].T.contiguous() for table in of_parameters)
     return grad_z, grad_mu, grad_logvar
 
 

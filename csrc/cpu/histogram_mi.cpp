@@ -18,8 +18,10 @@ constexpr int64_t SAMPLES = 2048;  // of a tile: 128 KB of weights
 constexpr int64_t COPIES = 4;      // of a table without weights: the same cell twice in a row would wait for itself
 constexpr int64_t MOST_LOGS = 1 << 16;
 
-typedef uint8_t u8x16 __attribute__((vector_size(16), aligned(1), may_alias));
-typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4), may_alias));
+// A plain loop: GCC 12 takes a conversion of vectors of bytes apart.
+INLINE void add_row(uint32_t* __restrict counts, const uint8_t* __restrict weights) {
+    for (int64_t r = 0; r < LANE; ++r) counts[r] += weights[r];
+}
 
 // n log n of counts, from a table while they are small.
 struct Logs {
@@ -88,10 +90,8 @@ struct Task {
             return;
         }
         for (int64_t n = from; n < to; ++n) {
-            uint32_t* row = p.counts + (int64_t)(of_code[n] * size + other[n]) * LANE;
-            const uint8_t* w = weights + n * LANE;
-            for (int64_t r = 0; r < LANE; r += 16)
-                *(u32x16*)(row + r) += __builtin_convertvector(*(const u8x16*)(w + r), u32x16);
+            const int32_t cell = of_code[n] * size + other[n];
+            add_row(p.counts + cell * LANE, weights + n * LANE);
         }
     }
 
@@ -149,6 +149,12 @@ struct Task {
     }
 };
 
+// Memory whose rows of LANE counts or weights are whole cache lines.
+void* allocated(int64_t bytes) {
+    void* memory;
+    return posix_memalign(&memory, 64, bytes + 64) ? nullptr : memory;
+}
+
 // Weights (R, N) as (blocks of LANE, N, LANE), 0 beyond R.
 void interleave(const HistogramMi& a, int64_t blocks, uint8_t* out) {
     const int64_t tiles = (a.N + SAMPLES - 1) / SAMPLES;
@@ -197,7 +203,7 @@ bool histogram_mi(const HistogramMi& a) {
     cells *= a.bins * (a.weights ? LANE : COPIES);
     Logs logs = {nullptr, 4 * a.N + LANE < MOST_LOGS ? 4 * a.N + LANE : MOST_LOGS};
     logs.table = (double*)malloc(logs.size * sizeof(double));
-    uint8_t* weights = a.weights ? (uint8_t*)malloc(blocks * a.N * LANE + 1) : nullptr;
+    uint8_t* weights = a.weights ? (uint8_t*)allocated(blocks * a.N * LANE) : nullptr;
     bool ok = logs.table && (weights || !a.weights);
     if (ok) {
         logs.table[0] = 0;
@@ -205,7 +211,7 @@ bool histogram_mi(const HistogramMi& a) {
         if (weights) interleave(a, blocks, weights);
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
-            uint32_t* counts = (uint32_t*)malloc(cells * sizeof(uint32_t) + 1);
+            uint32_t* counts = (uint32_t*)allocated(cells * sizeof(uint32_t));
             Partner* partners = (Partner*)malloc((a.K + a.L) * sizeof(Partner));
             Sums* sums = (Sums*)malloc(3 * sizeof(Sums));
             const bool made = counts && partners && sums;

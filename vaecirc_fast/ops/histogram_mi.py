@@ -63,7 +63,7 @@ def cut(codes: Tensor, bins: int) -> Tensor:
     """The bin of each code, as `histogram_mi` cuts them: (N, L) int32."""
     codes = codes.detach()
     edges = np.full((codes.shape[1], bins), np.inf)
-    least, greatest = (bound.double().cpu().numpy() for bound in (codes.amin(0), codes.amax(0)))
+    least, greatest = (bound.double().cpu().numpy() for bound in torch.aminmax(codes, dim=0))
     finite = np.isfinite(least) & np.isfinite(greatest)
     if not finite.all():
         raise InputError(f"codes: expected finite numbers, got NaN or infinity in latent {int(finite.argmin())}")
@@ -110,12 +110,15 @@ def _check(codes: Tensor, levels: Tensor, bins: int, weights: Tensor | None) -> 
             raise InputError(f"weights: expected at most {_MOST_WEIGHTED} samples, got {len(codes)}")
     if len({tensor.device for tensor in (codes, levels, *([] if weights is None else [weights]))}) > 1:
         raise InputError("codes, levels, weights: expected one device")
-    if int(levels.min()) < 0:
-        raise InputError(f"levels: expected numbers from 0 on, got {int(levels.min())}")
-    if int(levels.max()) >= 1 << 31:
-        raise InputError(f"levels: expected numbers below 2^31, got {int(levels.max())}")
-    if not codes.is_floating_point() and not 0 <= int(codes.min()) <= int(codes.max()) < bins:
-        raise InputError(f"codes: expected bins from 0 to {bins - 1}, got {int(codes.min())} to {int(codes.max())}")
+    least, greatest = (int(bound) for bound in torch.aminmax(levels))
+    if least < 0:
+        raise InputError(f"levels: expected numbers from 0 on, got {least}")
+    if greatest >= 1 << 31:
+        raise InputError(f"levels: expected numbers below 2^31, got {greatest}")
+    if not codes.is_floating_point():
+        least, greatest = (int(bound) for bound in torch.aminmax(codes.T))  # as they lie where `cut` made them
+        if least < 0 or greatest >= bins:
+            raise InputError(f"codes: expected bins from 0 to {bins - 1}, got {least} to {greatest}")
 
 
 def _run(

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from ..errors import InputError
 
 REPRODUCES = 1024  # epsilons of the largest output: a program runs what the module runs, at the same shapes
+NOT_REPEATABLE = "it keeps state between calls, draws random numbers, or computes outside torch on values that it reads"
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,9 @@ class _Recorder(TorchDispatchMode):
             if not isinstance(target, Tensor):
                 continue
             if id(target) not in self._values:
-                self._refuse(f"{func} changes a buffer or parameter of the module")
+                self._refuse(
+                    f"{func} changes what does not come from the input in place: a buffer, say, or a new tensor"
+                )
             elif n >= len(args) or self._storages[target.untyped_storage().data_ptr()] > 1:
                 self._refuse(f"{func} changes a view, or what has one, in place; use the operation out of place")
             else:

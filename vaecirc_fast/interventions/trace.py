@@ -65,6 +65,7 @@ class Trace:
     steps: tuple[Step, ...]
     places: Mapping[str, Place]
     flops: tuple[int, ...]  # of each step: matrix products and convolutions
+    layouts: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # shape and strides of each Value, by its number
 
     def downstream(self, starts: Iterable[Value]) -> Program:
         """What must run again once these values are others; all else keeps its value."""
@@ -124,6 +125,10 @@ class Program:
         self._dead: dict[int, list[Value]] = {}
         for value, n in last.items():
             self._dead.setdefault(n, []).append(value)
+
+    def last_used(self, step: int) -> Sequence[Value]:
+        """Values that no step after this one reads."""
+        return self._dead.get(step, ())
 
     def run(self, values: Mapping[Value, Tensor], keep: Collection[Value] = ()) -> dict[Value, Tensor]:
         """Run the steps on `values`, the starts and all of `needs`; returns the output and what `keep` names."""
@@ -205,10 +210,8 @@ def trace(
     value = recorder.value_of(output)
     if value is None:
         raise InputError("module: its output does not come from its input through torch's operations")
-    return (
-        Trace(recorder.inputs, value, tuple(recorder.steps), recorder.places, tuple(recorder.flops)),
-        output,
-    )
+    steps, flops = tuple(recorder.steps), tuple(recorder.flops)
+    return Trace(recorder.inputs, value, steps, recorder.places, flops, recorder.layouts()), output
 
 
 class _Recorder(TorchDispatchMode):
@@ -225,6 +228,9 @@ class _Recorder(TorchDispatchMode):
         self._kept: list[Tensor] = []  # ids stay theirs while the tensors live
         self._storages: dict[int, int] = {}  # how many tensors lie in a storage
         self.inputs = tuple(self._new(t) for t in inputs)
+
+    def layouts(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+        return tuple((tuple(t.shape), t.stride()) for t in self._kept)
 
     def value_of(self, tensor: Any) -> Value | None:
         return self._values.get(id(tensor))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -12,15 +13,17 @@ from ..errors import InputError
 from .engine import most_bytes
 from .patch_sweeps import LARGEST_TILE, value_at
 from .patching import device_of
-from .trace import NOT_REPEATABLE, Trace, Value, laid_out, same, trace
+from .trace import NOT_REPEATABLE, Program, Trace, Value, laid_out, same, trace
+
+TRACE_TILES = 16  # a trace keeps all activations of its pass: so many times what a tile has
 
 
 class Versions:
     """A call on a batch, in which sites may hold other values than their own.
 
     module: whose modules the sites are; call: (*args) -> tensor, which runs it. args: those with as many rows as the
-    first tensor are repeated to run several versions at once; what a call makes of rows that it sees together is what
-    it makes of each, or versions run one by one. Within `torch.no_grad()`, in the mode that the modules are in.
+    first tensor are repeated, so that several versions run at once; where rows that are seen together are not as they
+    are apart, versions run one by one. Within `torch.no_grad()`, in the mode that the modules are in.
 
     output: of the call as it is. InputError names the site, or the module that cannot be run again faithfully.
     """
@@ -31,86 +34,111 @@ class Versions:
         if first is None or not len(first):
             raise InputError("inputs: expected a tensor (B, ...) with B > 0")
         self.rows = len(first)
-        self._one = _Passes(self._trace(1), self._tensors(1), self._sites)
-        self.output = self._one.output
+        self._one = one = self._trace(1)
+        self._starts = {site: self._start(site) for site in self._sites}
+        self._programs = {start: one.downstream([start]) for start in self._starts.values()}
+        made = {v for step in one.steps for v in step.makes} | set(one.inputs)
+        tensors = [a for a in args if isinstance(a, Tensor) and a.ndim]
+        values = one.everything().run(dict(zip(one.inputs, tensors, strict=True)), made)
+        self.output = values[one.output]
         plain = call(*args)
         if bool(torch.isfinite(plain).all()) and not same(self.output, plain):
             raise InputError(f"module: gives other numbers when it runs again; {NOT_REPEATABLE}")
-        self._many: dict[int, _Passes | None] = {}
-        self._apart: dict[str, bool] = {}  # whether versions of a site may run together
+        sizes = _sizes(one, values)
+        self._bytes = {start: _most_alive(program, start, sizes) for start, program in self._programs.items()}
+        self._all_bytes = max(1, sum(sizes.values()))
+        needed = {v for program in self._programs.values() for v in program.needs} | self._programs.keys()
+        self._values = {v: values[v] for v in needed}
+        self._many: dict[int, Trace | None] = {}
+        self._apart: dict[int, set[int]] = {}  # steps that were seen to treat each row by itself
 
     def activation(self, site: str) -> Tensor:
         """What passes a site, (B, ...), to be changed in a copy."""
-        return self._one.values[self._one.places[site]]
+        return self._values[self._starts[site]]
 
     def run(self, site: str, versions: Iterable[Tensor]) -> Iterator[Tensor]:
         """The output for each of the versions of a site's activation, in their order."""
-        versions = iter(versions)
-        together = self._together(site)
-        passes = self._many.get(together)
-        own = self.activation(site)
-        waiting: list[Tensor] = []
-        if passes is not None and site not in self._apart:
-            # Beside other versions the activation as it is must give what it gives beside itself.
-            first = list(_some(versions, together - 1))
-            found = self._at_once(passes, site, [own, *first])
-            kept = self._at_once(passes, site, [own] * together)
-            self._apart[site] = bool(torch.equal(found[0], kept[0]))
-            if self._apart[site]:
-                yield from found[1 : len(first) + 1]
-            else:
-                waiting = first
-        if passes is None or not self._apart[site]:
-            for version in (*waiting, *versions):
-                yield self._at_once(self._one, site, [version])[0]
+        versions, start, own = iter(versions), self._starts[site], self.activation(site)
+        if not self._programs[start].reaches:
+            yield from (self.output for _ in versions)
             return
-        while some := list(_some(versions, together)):
-            yield from self._at_once(passes, site, some)[: len(some)]
+        together = self._together(start)
+        if together is not None and not self._apart.get(together[0], set()).issuperset(together[1].chosen):
+            # Beside other versions the activation as it is must give what it gives beside itself.
+            first = list(islice(versions, together[0] - 1))
+            kept, mixed = (self._at_once(site, *together, [own, *some]) for some in ([], first))
+            if torch.equal(mixed[0], kept[0]) and same(kept[0], self.output):
+                self._apart.setdefault(together[0], set()).update(together[1].chosen)
+                yield from mixed[1:]
+            else:
+                together, versions = None, chain(first, versions)
+        if together is None:
+            program = self._programs[start]
+            for version in versions:
+                self._check(site, version)
+                new = laid_out(version.to(own.dtype).contiguous(), own)
+                yield program.run({**self._values, start: new})[self._one.output]
+            return
+        while some := list(islice(versions, together[0])):
+            yield from self._at_once(site, *together, some)
 
-    def _together(self, site: str) -> int:
-        """How many versions of a site fit a pass; its trace is then in `_many`."""
-        wanted = max(1, min(most_bytes(device_of(self._args)) // self._one.bytes[site], LARGEST_TILE // self.rows))
-        while wanted > 1 and wanted & (wanted - 1):  # powers of two: few traces
-            wanted &= wanted - 1
-        if wanted > 1 and wanted not in self._many:
-            self._many[wanted] = self._repeated(wanted)
-        return wanted
+    def _start(self, site: str) -> Value:
+        place = self._one.places.get(site)
+        if place is not None:
+            return value_at(place.outputs, site)
+        place = self._one.places.get(site.removesuffix(".input"))
+        return value_at(place.inputs if place else [], site)
 
-    def _repeated(self, times: int) -> _Passes | None:
-        """The pass of as many copies of the batch, or None where the call does not take, or mixes, them."""
-        try:
-            made = _Passes(self._trace(times), self._tensors(times), self._sites)
-        except (InputError, RuntimeError, ValueError, IndexError, AssertionError):
-            return None  # it knows how many rows its batch has
-        n = self.output.shape[0] if self.output.ndim else 0
-        if made.output.shape[:1] != (times * n,) or not n:
-            return None
-        return made if same(made.output[:n], self.output) else None
-
-    def _at_once(self, passes: _Passes, site: str, versions: list[Tensor]) -> list[Tensor]:
-        start = passes.places[site]
-        times = len(passes.values[start]) // len(self.activation(site)) if passes is not self._one else 1
+    def _check(self, site: str, version: Tensor) -> None:
         own = self.activation(site)
+        if version.shape != own.shape:
+            raise InputError(f"{site}: a version has shape {tuple(version.shape)}, expected {tuple(own.shape)}")
+
+    def _together(self, start: Value) -> tuple[int, Program, dict[Value, Tensor]] | None:
+        """How many versions of a site fit a tile, their program, and what it needs; None where they run one by one."""
+        budget = most_bytes(device_of(self._args))
+        most = min(budget // self._bytes[start], TRACE_TILES * budget // self._all_bytes, LARGEST_TILE // self.rows)
+        times = 1 << max(0, int(most).bit_length() - 1)  # powers of two: few traces
+        if times < 2:
+            return None
+        if times not in self._many:
+            try:
+                self._many[times] = self._trace(times)
+            except (InputError, RuntimeError, ValueError, IndexError, AssertionError):
+                self._many[times] = None  # it knows how many rows its batch has
+        traced = self._many[times]
+        # The same operations, or values would not be those of the same number.
+        if traced is None or [step.func for step in traced.steps] != [step.func for step in self._one.steps]:
+            return None
+        program = traced.downstream([start])
+        values = {v: self._values[v] for v in {start, *program.needs}}
+        repeated = {}
+        for v, a in values.items():
+            shape, stride = traced.layouts[v.number]
+            if shape == a.shape:
+                repeated[v] = a
+            elif a.ndim and shape == (times * len(a), *a.shape[1:]) and 0 not in stride:
+                repeated[v] = a.new_empty_strided(shape, stride).copy_(torch.cat([a] * times))
+            else:
+                return None
+        return times, program, repeated
+
+    def _at_once(
+        self, site: str, times: int, program: Program, values: dict[Value, Tensor], versions: list[Tensor]
+    ) -> list[Tensor]:
+        start, own = self._starts[site], self.activation(site)
         for version in versions:
-            if version.shape != own.shape:
-                raise InputError(f"{site}: a version has shape {tuple(version.shape)}, expected {tuple(own.shape)}")
-        filled = versions + [own] * (times - len(versions))
-        new = filled[0] if times == 1 else torch.cat(filled)
-        y = passes.run(start, laid_out(new.to(own.dtype).contiguous(), passes.values[start]))
-        return [y] if times == 1 else list(y.unflatten(0, (times, -1)))
+            self._check(site, version)
+        new = torch.cat([*versions, *[own] * (times - len(versions))]).to(own.dtype)
+        y = program.run({**values, start: laid_out(new, values[start])})[program.trace.output]
+        return list(y.unflatten(0, (times, -1)))[: len(versions)]
 
-    def _tensors(self, times: int) -> list[Tensor]:
-        return [a for a in self._copies(times) if isinstance(a, Tensor) and a.ndim]
-
-    def _copies(self, times: int) -> tuple:
-        def of(a: Any) -> Any:
+    def _trace(self, times: int) -> Trace:
+        def copies(a: Any) -> Any:
             repeated = times > 1 and isinstance(a, Tensor) and a.ndim and len(a) == self.rows
             return torch.cat([a] * times) if repeated else a
 
-        return tuple(map(of, self._args))
-
-    def _trace(self, times: int) -> Trace:
-        args = self._copies(times)
+        args = [copies(a) for a in self._args]
         where = [n for n, a in enumerate(args) if isinstance(a, Tensor) and a.ndim]
 
         def call(*tensors: Tensor) -> Any:
@@ -119,39 +147,29 @@ class Versions:
                 full[n] = t
             return self._call(*full)
 
-        return trace(self._module, call, [args[n] for n in where], self._sites)[0]
+        traced, y = trace(self._module, call, [args[n] for n in where], self._sites)
+        if times > 1 and (not y.ndim or y.shape != (times * self.output.shape[0], *self.output.shape[1:])):
+            raise InputError("output: does not grow with the rows")
+        return traced
 
 
-class _Passes:
-    """A trace with what its sites need from the pass as it is."""
-
-    def __init__(self, traced: Trace, tensors: list[Tensor], sites: Sequence[str]):
-        self.places: dict[str, Value] = {}
-        for site in sites:
-            name = site.removesuffix(".input")
-            place = traced.places.get(site) or traced.places.get(name)
-            inputs = site not in traced.places
-            self.places[site] = value_at([] if place is None else place.inputs if inputs else place.outputs, site)
-        self._programs = {v: traced.downstream([v]) for v in self.places.values()}
-        made = {v for step in traced.steps for v in step.makes} | set(traced.inputs)
-        values = traced.everything().run(dict(zip(traced.inputs, tensors, strict=True)), made)
-        self.output = values[traced.output]
-        self.bytes = {}
-        for site, v in self.places.items():
-            behind = {m for n in self._programs[v].chosen for m in traced.steps[n].makes} | {v}
-            storages = {values[m].untyped_storage().data_ptr(): values[m].untyped_storage().nbytes() for m in behind}
-            self.bytes[site] = max(1, sum(storages.values()))
-        needed = {v for program in self._programs.values() for v in program.needs} | set(self.places.values())
-        self.values = {v: values[v] for v in needed}
-
-    def run(self, start: Value, new: Tensor) -> Tensor:
-        """The output where the value `start` is `new`; as it is where nothing of it reaches the output."""
-        program = self._programs[start]
-        if not program.reaches:
-            return self.output
-        return program.run({**self.values, start: new})[program.trace.output]
+def _sizes(traced: Trace, values: dict[Value, Tensor]) -> dict[Value, int]:
+    """Bytes of each value's memory, 0 for views of others."""
+    seen, sizes = set(), {}
+    for v in chain(traced.inputs, (v for step in traced.steps for v in step.made if v is not None)):
+        storage = values[v].untyped_storage()
+        sizes[v] = 0 if storage.data_ptr() in seen else storage.nbytes()
+        seen.add(storage.data_ptr())
+    for step in traced.steps:
+        sizes.update((v, values[v].nbytes) for _, v in step.written)
+    return sizes
 
 
-def _some(versions: Iterator[Tensor], most: int) -> Iterator[Tensor]:
-    for _, version in zip(range(most), versions, strict=False):
-        yield version
+def _most_alive(program: Program, start: Value, sizes: dict[Value, int]) -> int:
+    """The most bytes that are alive at once while the program runs; at least 1."""
+    alive = most = sum(sizes[v] for v in {start, *program.needs})
+    for n in program.chosen:
+        alive += sum(sizes[v] for v in program.trace.steps[n].makes)
+        most = max(most, alive)
+        alive -= sum(sizes[v] for v in program.last_used(n))
+    return max(most, 1)

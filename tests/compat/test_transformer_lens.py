@@ -60,6 +60,7 @@ def test_every_function_gives_the_same(theirs, name):
     [
         {"n_key_value_heads": 1},
         {"final_rms": True, "normalization_type": "RMS", "gated_mlp": True},
+        {"positional_embedding_type": "rotary", "rotary_dim": 4},
         {"parallel_attn_mlp": True, "normalization_type": None, "attn_only": False},
         {"use_attn_result": True, "use_split_qkv_input": True, "use_hook_mlp_in": True},
     ],

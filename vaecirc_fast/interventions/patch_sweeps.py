@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from .. import ops
 from ..errors import InputError, MissingExtra
 from ..groups import Groups, whole
 from ..metrics.causal import REPLICATES
-from ..metrics.statistics import resampled_interval, resampling_weights
+from ..metrics.statistics import resampled_intervals, resampling_weights
 from ..ops import effect_reduction
 from ..ops.latent_sweep import ROW as LATENT_SWEEP
 from ..ops.latent_sweep import Dense, Network
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     import pandas
 
 LARGEST_TILE = 512  # rows of one pass
+
+Weights = Callable[[int, int], Tensor]  # (how many samples, number of the first) -> (R, n) of each in each replicate
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,14 @@ class PatchEffects:
         """One row per unit: site, unit, effect on the whole output, low, high (bootstrap over samples), recovery."""
         import pandas
 
-        values, rows = self.whole(), []
-        for u, (site, unit) in enumerate(zip(self.sites, self.units, strict=True)):
-            low = high = float("nan")
-            if self.replicates is not None:
-                drawn = self.replicates[:, u].numpy()
-                low, high = resampled_interval(float(values[u]), drawn, self.samples, level)
-            recovered = float("nan") if self.recovery is None else float(self.recovery[u])
-            rows.append((site, unit, float(values[u]), low, high, recovered))
-        return pandas.DataFrame(rows, columns=["site", "unit", "effect", "low", "high", "recovery"])
+        values = self.whole().cpu().numpy()
+        low = high = recovered = np.full(len(values), np.nan)
+        if self.replicates is not None:
+            low, high = resampled_intervals(values, self.replicates.numpy(), self.samples, level)
+        if self.recovery is not None:
+            recovered = self.recovery.cpu().numpy()
+        columns = {"site": self.sites, "unit": self.units, "effect": values}
+        return pandas.DataFrame(columns | {"low": low, "high": high, "recovery": recovered})
 
     def top(self, n: int = 10) -> pandas.DataFrame:
         """The n units of greatest effect."""
@@ -131,13 +133,7 @@ def patch_sweep(
     Returns effects over (unit, group). InputError names the site and the remedy.
     """
     x_base, x_source = _pair(x_base, x_source, clean, corrupted, direction, ablation)
-    known = [kind for kind in KINDS if kind != "logit_mse"]
-    if effect not in known:
-        raise InputError(f"effect: {effect!r} is unknown; known: {', '.join(known)}")
-    if ablation not in ABLATIONS:
-        raise InputError(f"ablation: {ablation!r} is unknown; known: {', '.join(ABLATIONS)}")
-    if recovery and ablation != "resample":
-        raise InputError("recovery: is of ablation='resample', which has a source to come near to")
+    check_measure(effect, ablation, recovery)
     args, rows = inputs_of(x_base)
     source_args = None
     if ablation == "resample":
@@ -152,6 +148,17 @@ def patch_sweep(
         passes.check_repeatable(source_args)
         sweep = Sweep(passes, targets, sources, effect, groups, recovery, tile)
         return sweep.run(replicates, seed, started)
+
+
+def check_measure(effect: str, ablation: str, recovery: bool) -> None:
+    """InputError for unknown names, and for a recovery without a source."""
+    known = [kind for kind in KINDS if kind != "logit_mse"]
+    if effect not in known:
+        raise InputError(f"effect: {effect!r} is unknown; known: {', '.join(known)}")
+    if ablation not in ABLATIONS:
+        raise InputError(f"ablation: {ablation!r} is unknown; known: {', '.join(ABLATIONS)}")
+    if recovery and ablation != "resample":
+        raise InputError("recovery: is of ablation='resample', which has a source to come near to")
 
 
 def ablate(module: nn.Module, x: Any, sites: Sequence[str] = ("*",), **options: Any) -> PatchEffects:
@@ -318,13 +325,14 @@ class Sweep:
         tile: int | None,
     ):
         self.passes, self.targets, self.sources = passes, targets, sources
-        self.effect, self.groups, self.recovery = effect, groups, recovery
+        self.effect, self.recovery = effect, recovery
         one = passes.trace(slice(0, 1), 1, [t.site for t in targets])
         start = dict(zip(one.inputs, passes.tensors(slice(0, 1)), strict=True))
         values = one.everything().run(start, set().union(*(step.makes for step in one.steps)))
         self.elements = values[one.output].numel()
+        self.groups = self._partition(groups, values[one.output].device)
         self.flops_of_a_pass, self.flops = sum(one.flops), 0
-        downstream = [one.downstream([t.value(one)]) for t in targets]
+        downstream = [one.between([t.value(one)], one.output) for t in targets]
         made = [set().union(*(one.steps[n].makes for n in p.chosen)) for p in downstream]
         largest = max(sum(values[v].nbytes for v in some if v in values) for some in made)
         fitting = max(1, min(most_bytes(values[one.output].device) // max(largest, 1), LARGEST_TILE))
@@ -338,12 +346,23 @@ class Sweep:
                     self.kernels[t.selection] = kernel
 
     def run(self, replicates: int, seed: int, started: float) -> PatchEffects:
+        rows = self.passes.rows
+        kept = slice(None if replicates else 0)  # the jackknife's weights, of few samples, are there without replicates
+        sums = self.sums(lambda n, first: resampling_weights(replicates, n, seed, first, rows)[kept])
+        return self.result(sums, rows, self.plan(rows, time.perf_counter() - started))
+
+    def sums(self, weights: Weights) -> dict[str, Tensor]:
+        """Sums over the samples, float64; those of more samples add up, name by name.
+
+        effects (U, G); drawn (R, U), of the effect on the whole output, weighted, and weights (R,); with a recovery
+        also near (U,) and apart (), of the distances.
+        """
         passes, targets = self.passes, self.targets
         rest = [t for t in targets if t.selection not in self.kernels]
         most = max((len(t.units) for t in rest), default=1)
         repeats = max(1, min(self.tile // self.samples, most))
         traced: dict[int, Trace] = {}
-        sums: list[Tensor] | None = None
+        sums: dict[str, Tensor] = {}
         groups = self.groups
         for part in slices(passes.rows, self.samples):
             size = part.stop - part.start
@@ -351,12 +370,11 @@ class Sweep:
                 traced[size] = passes.trace(part, repeats, [t.site for t in targets])
             now = traced[size]
             starts = [t.value(now) for t in targets]
-            programs = [now.downstream([v]) for v in starts]
+            programs = [now.between([v], now.output) for v in starts]
             keep = {v for program in programs for v in program.needs} | set(starts)
             inputs = dict(zip(now.inputs, passes.tensors(part, repeats), strict=True))
             values = now.everything().run(inputs, keep)
             base = values[now.output].flatten(1)
-            groups = self._partition(groups, base)
             given = None
             if self.recovery:
                 given = passes.output(taken(self.sources.args, passes.rows, part)).flatten(1)
@@ -376,28 +394,32 @@ class Sweep:
                 u = int((~torch.isfinite(effects)).any(2).any(0).nonzero()[0])
                 site, unit = self._labels()[u]
                 raise InputError(f"{site}: the output is NaN or infinite when unit {unit} is patched")
-            w = resampling_weights(replicates, size, seed, part.start, passes.rows).to(effects)
-            update = [effects.sum(0), w @ (effects @ self._weights(groups).to(effects)), w.sum(1)]
+            w = weights(size, part.start).to(effects)
+            drawn = w @ (effects @ self._weights(groups).to(effects))
+            update = {"effects": effects.sum(0), "drawn": drawn, "weights": w.sum(1)}
             if given is not None:
                 everything = whole(self.elements)
                 apart = effect_reduction(given, base[::repeats][:, None], self.effect, groups=everything)
-                update += [torch.cat(near, 1).double().sum(0), apart.double().sum()]
-            sums = update if sums is None else [a + b for a, b in zip(sums, update, strict=True)]
-        assert sums is not None and groups is not None
-        some = sums[2] > 0  # all weights are zero once in e^N replicates
+                update |= {"near": torch.cat(near, 1).double().sum(0), "apart": apart.double().sum()}
+            sums = {name: sums[name] + value for name, value in update.items()} if sums else update
+        return sums
+
+    def result(self, sums: dict[str, Tensor], samples: int, plan: str) -> PatchEffects:
+        """The means, once every sample was added."""
+        some = sums["weights"] > 0  # all weights are zero once in e^N replicates
         labels = self._labels()
         return PatchEffects(
-            (sums[0] / passes.rows).to(torch.float32),
+            (sums["effects"] / samples).to(torch.float32),
             tuple(site for site, _ in labels),
             tuple(unit for _, unit in labels),
-            groups.names,
+            self.groups.names,
             self.effect,
             self.sources.ablation,
-            passes.rows,
-            self._weights(groups),
-            recovery=1 - sums[3] / sums[4] if self.recovery else None,
-            replicates=(sums[1][some] / sums[2][some, None]).cpu() if replicates else None,
-            plan=self._plan(len(labels) * passes.rows, time.perf_counter() - started),
+            samples,
+            self._weights(self.groups),
+            recovery=1 - sums["near"] / sums["apart"] if self.recovery else None,
+            replicates=(sums["drawn"][some] / sums["weights"][some, None]).cpu() if len(some) else None,
+            plan=plan,
         )
 
     def _labels(self) -> list[tuple[str, int]]:
@@ -407,10 +429,10 @@ class Sweep:
         sizes = groups.sizes.double()
         return torch.full_like(sizes, 1 / len(groups)) if self.effect == "tv" else sizes / sizes.sum()
 
-    def _partition(self, groups: Groups | None, base: Tensor) -> Groups:
-        groups = (whole(base.shape[1]) if groups is None else groups).to(base.device)
-        if groups.labels.numel() != base.shape[1]:
-            raise InputError(f"groups: partition {groups.labels.numel()} elements, but the output has {base.shape[1]}")
+    def _partition(self, groups: Groups | None, device: torch.device) -> Groups:
+        groups = (whole(self.elements) if groups is None else groups).to(device)
+        if groups.labels.numel() != self.elements:
+            raise InputError(f"groups: partition {groups.labels.numel()} elements, but the output has {self.elements}")
         return groups
 
     def _generic(
@@ -451,7 +473,8 @@ class Sweep:
                 distances[:, chunk] = d[:, :n, 0].to(dtype)
         return effects, distances
 
-    def _plan(self, patched: int, seconds: float) -> str:
+    def plan(self, samples: int, seconds: float) -> str:
+        patched = len(self._labels()) * samples
         share = 100 * self.flops / max(1, patched * self.flops_of_a_pass)
         behind = dict.fromkeys(t.site for t in self.targets if t.selection in self.kernels)
         kernels = f"; kernels behind {', '.join(behind)}" if behind else ""
@@ -496,7 +519,7 @@ def _kernel_behind(one: Trace, value: Value, values: dict[Value, Tensor], target
         return None
     lead: list[Step] = []
     while True:
-        program = one.downstream([value])
+        program = one.between([value], one.output)
         readers = [one.steps[n] for n in program.chosen if value in one.steps[n].reads]
         if len(readers) != 1 or program.needs:
             return None

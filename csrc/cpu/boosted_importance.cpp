@@ -182,7 +182,7 @@ struct Level {
 };
 
 struct Best {
-    V gain[4];   // of a node, over one latent, times 1 + TIE; negative where no split is possible
+    V gain[4];   // of a node, over one latent; negative where no split is possible
     V first[4];  // the place, in the order of codes, of the first sample on the right
 };
 
@@ -220,10 +220,11 @@ uint8_t follows_equal(const int32_t* order, const float* sorted, const double* r
     return lanes;
 }
 
-// Best splits on one latent of all nodes of a level. A gain is the best if it is more than all before, ties aside.
+// Best splits on one latent of all nodes of a level. `lift` is how much more than a gain a later one must be to replace
+// it: 1 + TIE where the first of equal ones wins, 1 - TIE where the last does.
 template <int NODES, Ties TIES>
 void scan(const int32_t* order, const float* sorted, const double* reach, const double* weight, const Scratch& s,
-          const Level& level, int64_t N, Best& out) {
+          const Level& level, int64_t N, V lift, Best& out) {
     V sum[NODES], count[NODES], bar[NODES], first[NODES], last[NODES], size[NODES];
     for (int j = 0; j < NODES; ++j) {
         sum[j] = count[j] = V{};
@@ -239,7 +240,7 @@ void scan(const int32_t* order, const float* sorted, const double* reach, const 
             if (!near) {
                 const V gain = sum[0] * sum[0] * weight[p];
                 first[0] = choose(greater(gain, bar[0]), place, first[0]);
-                bar[0] = larger(gain * (1 + TIE), bar[0]);
+                bar[0] = larger(gain * lift, bar[0]);
             }
             sum[0] += residual;
         } else {
@@ -254,7 +255,7 @@ void scan(const int32_t* order, const float* sorted, const double* reach, const 
             } else if (__builtin_expect(near, 0)) {
                 gain = choose(mask_of(follows_equal<NODES>(order, sorted, reach, s.path, p)), all(-1), gain);
             }
-            const V raised = gain * (1 + TIE);
+            const V raised = gain * lift;
             for (int j = 0; j < NODES; ++j) {
                 first[j] = choose(greater(in[j], gain, bar[j]), place, first[j]);
                 bar[j] = larger_where(in[j], raised, bar[j]);
@@ -263,7 +264,7 @@ void scan(const int32_t* order, const float* sorted, const double* reach, const 
             }
         }
     }
-    for (int j = 0; j < NODES; ++j) out.gain[j] = bar[j], out.first[j] = first[j];
+    for (int j = 0; j < NODES; ++j) out.gain[j] = bar[j] / lift, out.first[j] = first[j];
 }
 
 // Sizes, sums and then the means of the nodes; spreads and centred residuals in a second pass.
@@ -291,19 +292,24 @@ void centre(const V* residuals, const Scratch& s, int64_t N, Level& level) {
     for (int j = 0; j < NODES; ++j) level.size[j] = size[j], level.mean[j] = mean[j], level.spread[j] = spread[j];
 }
 
-// The latent that wins a node of one tree, and of equal ones the one whose number is largest; -1 for a leaf.
-int64_t winner(const Best* best, int64_t L, int node, int tree, uint64_t key) {
+// The latent that splits a node of one tree, of equally good ones that whose number is largest; -1 for a leaf. All
+// equally good ones share in what the split takes away.
+int64_t winner(const Best* best, int64_t L, int node, int tree, uint64_t key, double size, V* reduction) {
     double most = -1;
     for (int64_t f = 0; f < L; ++f)
         if (best[f].gain[node][tree] > most) most = best[f].gain[node][tree];
     if (most < 0) return -1;
-    int64_t won = -1;
+    const double least = most * (1 - TIE);
+    int64_t won = -1, tied = 0;
     uint64_t highest = 0;
     for (int64_t f = 0; f < L; ++f) {
-        if (best[f].gain[node][tree] < most * (1 - TIE)) continue;
+        if (best[f].gain[node][tree] < least) continue;
         const uint64_t number = mixed(key + (uint64_t)f);
         if (won < 0 || number > highest) won = f, highest = number;
+        ++tied;
     }
+    for (int64_t f = 0; f < L; ++f)
+        if (best[f].gain[node][tree] >= least) reduction[f][tree] += most * size / (double)tied;
     return won;
 }
 
@@ -320,19 +326,24 @@ void split(const BoostedImportance& args, const Latents& latents, const V* resid
     for (int64_t f = 0; any && f < L; ++f) {
         const float* const sorted = latents.sorted + f * N;
         const double* const reach = latents.reach + f * N;
+        V lift;
+        for (int c = 0; c < TREES; ++c)
+            lift[c] = mixed(keys[c] + (uint64_t)(LEAVES + NODES * L + f)) & 1 ? 1 + TIE : 1 - TIE;
         if (latents.ties[f] == Ties::all) {
             for (int j = 0; j < NODES; ++j) s.best[f].gain[j] = all(-1);
         } else {
-            (latents.ties[f] == Ties::few
-                 ? scan<NODES, Ties::few>
-                 : scan<NODES, Ties::many>)(args.order + f * N, sorted, reach, latents.weight, s, level, N, s.best[f]);
+            (latents.ties[f] == Ties::few ? scan<NODES, Ties::few>
+                                          : scan<NODES, Ties::many>)(args.order + f * N, sorted, reach, latents.weight,
+                                                                     s, level, N, lift, s.best[f]);
         }
     }
     for (int j = 0; j < NODES; ++j) {
         Split& chosen = tree.splits[NODES - 1 + j];
         chosen.latent = V{}, chosen.threshold = all(__builtin_inf());
         for (int c = 0; c < TREES; ++c) {
-            const int64_t f = open[j][c] ? winner(s.best, L, j, c, mixed(keys[c] + (uint64_t)(NODES - 1 + j))) : -1;
+            if (!open[j][c]) continue;
+            const uint64_t key = mixed(keys[c] + (uint64_t)(NODES - 1 + j));
+            const int64_t f = winner(s.best, L, j, c, key, level.size[j][c], reduction);
             if (f < 0) continue;
             const int32_t* const order = args.order + f * N;
             const int64_t first = (int64_t)s.best[f].first[j][c];
@@ -341,7 +352,6 @@ void split(const BoostedImportance& args, const Latents& latents, const V* resid
             const float* const sorted = latents.sorted + f * N;
             chosen.latent[c] = (double)f;
             chosen.threshold[c] = sorted[last] / 2.0 + sorted[first] / 2.0;
-            reduction[f][c] += s.best[f].gain[j][c] / (1 + TIE) * level.size[j][c];
         }
     }
 }
@@ -516,7 +526,8 @@ void lay_out(const BoostedImportance& args, int64_t f, float* sorted, double* re
         reach[p] = sorted[p] + EQUAL;  // in float, as the codes are compared
         steps += p > 0 && sorted[p] > reach[p - 1];
     }
-    *ties = steps == 0 ? Ties::all : args.N - 1 - steps > args.N / 16 ? Ties::many : Ties::few;
+    const bool constant = sorted[args.N - 1] <= reach[0];
+    *ties = constant ? Ties::all : args.N - 1 - steps > args.N / 16 ? Ties::many : Ties::few;
 }
 
 }  // namespace

@@ -112,9 +112,8 @@ def test_intervals_do_not_depend_on_the_chunks(monkeypatch):
     codes, factors = noisy(100)
     whole = modularity(codes, factors), mean_pairwise_mi(codes)
     module = importlib.import_module("vaecirc_fast.metrics.information")
-    monkeypatch.setattr(module, "_ROWS", 7)
-    monkeypatch.setattr(module, "_CELLS", 20_000)
-    monkeypatch.setattr(module, "_TABLE", 3)
+    monkeypatch.setattr(module, "_SAMPLES", 7)
+    monkeypatch.setattr(module, "_WEIGHTS", 1700)
     found = modularity(codes, factors), mean_pairwise_mi(codes)
     for a, b in zip(whole, found, strict=True):
         assert [a.value, a.low, a.high] == pytest.approx([b.value, b.low, b.high], abs=1e-12)

@@ -26,7 +26,7 @@ from .fused import agrees, backend_for
 from .networks import ACTIVATIONS, record
 from .patching import ABLATIONS, Readout, ablated, device_of, inputs_of, quiet, read_out, run_with_cache, taken
 from .selection import Selection, is_pattern, resolve, units
-from .trace import Program, Step, Trace, Value, laid_out, same, trace
+from .trace import NOT_REPEATABLE, Program, Step, Trace, Value, laid_out, same, trace
 
 if TYPE_CHECKING:
     import pandas
@@ -234,10 +234,8 @@ class Passes:
             again = traced.everything().run(dict(zip(traced.inputs, tensors, strict=True)))[traced.output]
             plain = self.output(args)
             if bool(torch.isfinite(plain).all()) and not same(again, plain):
-                raise InputError(
-                    f"module: gives other numbers{name} when {'it' if not name else 'what it executed'} runs again; it "
-                    "keeps state between calls, draws random numbers, or computes outside torch on values that it reads"
-                )
+                what = "what it executed" if name else "it"
+                raise InputError(f"module: gives other numbers{name} when {what} runs again; {NOT_REPEATABLE}")
 
     def tensors(self, part: slice, repeats: int = 1) -> list[Tensor]:
         """The arguments that are traced, for some rows, each repeated."""

@@ -10,10 +10,12 @@ for each class c:
     F_c += .1 (C - 1) / C mean(r) / mean(p_c (1 - p_c))   # over the samples of a leaf
 
 With two classes there is one tree a round, for class 1 against a raw prediction of 0, and no factor (C - 1) / C. A node
-of a variance up to 2^-52 is a leaf. Codes are compared in float32: two that differ by at most 1e-7 are not split. Of
-gains that agree to 2^-30 the first place of a latent wins, and of latents the one whose number, a hash, is the largest.
+of a variance up to 2^-52 is a leaf. Codes are compared in float32: two that differ by at most 1e-7 are not split. Gains
+that agree to 2^-30 are equal. Of equal ones on a latent the first or the last place is taken, of latents any, by hashes
+of the seed; all equal latents share in what the split removes, which is the mean over such draws.
 
-This is scikit-learn's GradientBoostingClassifier with its defaults, whose trees draw latents in random order instead.
+This is scikit-learn's GradientBoostingClassifier with its defaults. There trees draw latents in random order and the
+first of equal ones wins, or the one that rounding favours.
 """
 
 from __future__ import annotations
@@ -76,24 +78,27 @@ def _decided(raw: Tensor) -> Tensor:
 def _grow(codes: Tensor, order: Tensor, residuals: Tensor, key: int, reduction: Tensor) -> dict[int, tuple[int, float]]:
     """The splits of a tree: node -> latent and threshold. Node n has children 2 n + 1, 2 n + 2. Adds to `reduction`."""
     splits = {}
+    latents = codes.shape[1]
     members = {0: torch.ones(len(codes), dtype=torch.bool, device=codes.device)}
-    for node in range(2**DEPTH - 1):
-        mine = members.get(node)
-        if mine is None:
-            continue
-        found = _split(codes, order, residuals, mine, _mixed(key + node))
-        if found is None:
-            continue
-        latent, threshold, gain = found
-        splits[node] = latent, threshold
-        reduction[latent] += gain
-        right = codes[:, latent].double() > threshold
-        members[2 * node + 1], members[2 * node + 2] = mine & ~right, mine & right
+    for level in range(DEPTH):
+        firsts = [_mixed(key + (2**DEPTH + 2**level * latents + f)) & 1 == 1 for f in range(latents)]
+        for node in range(2**level - 1, 2 ** (level + 1) - 1):
+            mine = members.get(node)
+            found = None if mine is None else _split(codes, order, residuals, mine, firsts, _mixed(key + node))
+            if mine is None or found is None:
+                continue
+            latent, threshold, shares = found
+            splits[node] = latent, threshold
+            reduction += shares
+            right = codes[:, latent].double() > threshold
+            members[2 * node + 1], members[2 * node + 2] = mine & ~right, mine & right
     return splits
 
 
-def _split(codes: Tensor, order: Tensor, residuals: Tensor, mine: Tensor, key: int) -> tuple[int, float, float] | None:
-    """Latent, threshold and gain of a node's best split; None for a leaf."""
+def _split(
+    codes: Tensor, order: Tensor, residuals: Tensor, mine: Tensor, firsts: list[bool], key: int
+) -> tuple[int, float, Tensor] | None:
+    """Latent and threshold of a node's best split, and what it removes by latent (L,); None for a leaf."""
     size = int(mine.sum())
     centred = residuals - residuals[mine].mean()
     if float(centred[mine].square().sum()) <= PURE * size:
@@ -104,10 +109,10 @@ def _split(codes: Tensor, order: Tensor, residuals: Tensor, mine: Tensor, key: i
         sorted_codes = codes[rows, latent]
         left = torch.arange(1, size, dtype=torch.float64, device=codes.device)
         gain = centred[rows].cumsum(0)[:-1].square() / (left * (size - left))
-        apart = sorted_codes[1:] > sorted_codes[:-1] + EQUAL
-        gain = torch.where(apart, gain, -torch.inf)
-        # the best place is the last of those where a gain is more than all before
-        before = torch.cat([gain.new_tensor([-1.0]), (gain.cummax(0).values[:-1] * (1 + TIE)).clamp(min=-1)])
+        gain = torch.where(sorted_codes[1:] > sorted_codes[:-1] + EQUAL, gain, -torch.inf)
+        # the best place is the last of those where a gain is more than all before, which a later equal one is or is not
+        lift = 1 + TIE if firsts[latent] else 1 - TIE
+        before = torch.cat([gain.new_tensor([-1.0]), (gain.cummax(0).values[:-1] * lift).clamp(min=-1)])
         better = (gain > before).nonzero()
         at = int(better[-1]) if len(better) else 0
         gains.append(float(gain.max()) if len(better) else -1.0)
@@ -117,7 +122,9 @@ def _split(codes: Tensor, order: Tensor, residuals: Tensor, mine: Tensor, key: i
         return None
     tied = [latent for latent, gain in enumerate(gains) if gain >= best * (1 - TIE)]
     latent = max(tied, key=lambda latent: _mixed(key + latent))
-    return latent, thresholds[latent], gains[latent] * size
+    shares = torch.zeros(codes.shape[1], dtype=torch.float64, device=codes.device)
+    shares[tied] = best * size / len(tied)
+    return latent, thresholds[latent], shares
 
 
 def _add_leaves(

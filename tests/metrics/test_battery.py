@@ -172,6 +172,7 @@ def test_what_cannot_be_computed_is_said():
         "sap",
     }
     assert table.value.notna().all()
+    assert "one factor: 1 whatever the codes" in table.set_index("metric").note["dci_disentanglement"]
 
 
 def test_active_units_and_their_interval():

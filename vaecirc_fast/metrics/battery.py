@@ -139,7 +139,8 @@ def _dci(s: _Samples) -> Iterator[Row]:
     found = dci(s.both, None, train=s.train, test=s.test, replicates=s.dci_replicates, seed=s.seed, level=s.level)
     for name, estimate in found.estimates.items():
         missing = "no interval: dci_replicates=0" if math.isnan(estimate.low) else ""
-        note = "; ".join(filter(None, [s.smaller(found.split), missing]))
+        alone = "one factor: 1 whatever the codes" if len(found.names) == 1 and name == "disentanglement" else ""
+        note = "; ".join(filter(None, [s.smaller(found.split), missing, alone]))
         yield f"dci_{name}", _score(estimate, found.dropped, note)
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from vaecirc_fast.training.allocator import kept_memory
+from vaecirc_fast._allocator import kept_memory
 
 glibc = pytest.mark.skipif(
     not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc"

@@ -116,7 +116,7 @@ def attribute(
             for n, u in (labels[at] for at in picks.tolist()):
                 by_target.setdefault(n, []).append(u)
             picked = [replace(targets[n], units=tuple(numbers)) for n, numbers in by_target.items()]
-            sources = Sources(module, source_args, rows, "resample", None, seed)
+            sources = Sources(passes, source_args, "resample", None, seed)
             with torch.no_grad():
                 sweep = Sweep(passes, picked, sources, "signed", None, False, tile)
                 truth[picks] = sweep.run(0, seed, started).whole()

@@ -397,13 +397,24 @@ struct Sweep {
         return channel < args.C ? channel * pixels + n / COLUMN % pixels : -1;
     }
 
-    void pack_first() {
+    void pack_first(int threads) {
         const Dense& d = dense[0];
         const int64_t L = d.layer->in;
-        for (int64_t n = 0; n < d.wide; ++n) {
-            const int64_t from = output_of(0, n);
-            d.bias[n] = from < 0 ? 0 : d.layer->bias[from];
-            for (int64_t k = 0; k < L; ++k) d.weights[k * d.wide + n] = from < 0 ? 0 : d.layer->weight[from * L + k];
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (int64_t n = 0; n < d.wide; n += COLUMN) {
+            int64_t from[COLUMN];
+            bool every = true;
+            for (int64_t i = 0; i < COLUMN; ++i) {
+                from[i] = output_of(0, n + i);
+                every &= from[i] >= 0 && from[i] == from[0] + i;
+                d.bias[n + i] = from[i] < 0 ? 0 : d.layer->bias[from[i]];
+            }
+            int64_t k = 0;
+            for (; every && k + LANES <= L; k += LANES)
+                transpose(d.layer->weight + from[0] * L + k, L, d.weights + k * d.wide + n, d.wide);
+            for (; k < L; ++k)
+                for (int64_t i = 0; i < COLUMN; ++i)
+                    d.weights[k * d.wide + n + i] = from[i] < 0 ? 0 : d.layer->weight[from[i] * L + k];
         }
     }
 
@@ -477,7 +488,7 @@ struct Sweep {
     }
 
     void pack(int threads) {
-        if (n_dense) pack_first();
+        if (n_dense) pack_first(threads);
         else pack_places();
         for (int64_t e = 0; everything && e < changes.L; ++e) everything[e] = e;
         for (int64_t l = 1; l < n_dense; ++l) {
@@ -503,15 +514,39 @@ struct Sweep {
 
     // --- dense layers ---
 
-    // W1 z + b1 of the sample.
-    void take_pre(int64_t sample) const {
+    // W1 z + b1 of n samples, two vectors of outputs from column c on. Some samples at a time: weights are read for
+    // all.
+    void take_pre(int64_t n, int64_t c) const {
+        int64_t sample = 0;
+        for (; sample + 4 <= n; sample += 4) take_pre_of<4>(sample, c);
+        for (; sample < n; ++sample) take_pre_of<1>(sample, c);
+    }
+
+    template <int N>
+    void take_pre_of(int64_t sample, int64_t c) const {
         const Dense& d = dense[0];
         const float* z = changes.input + (first_sample + sample) * changes.L;
-        float* to = pre + sample * d.wide;
-        memcpy(to, d.bias, d.wide * sizeof(float));
-        for (int64_t k = 0; k < changes.L; ++k) {
-            const float* w = d.weights + k * d.wide;
-            for (int64_t n = 0; n < d.wide; n += WIDTH) *(vf*)(to + n) += z[k] * *(const vf*)(w + n);
+        const float* w = d.weights + c;
+        vf sum[N][2];
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) sum[i][0] = *(const vf*)(d.bias + c);
+        const int64_t second = c + WIDTH < d.wide ? WIDTH : 0;
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) sum[i][1] = *(const vf*)(d.bias + c + second);
+        for (int64_t k = 0; k < changes.L; ++k, w += d.wide) {
+            const vf a = *(const vf*)w, b = *(const vf*)(w + second);
+#pragma GCC unroll 4
+            for (int i = 0; i < N; ++i) {
+                const float by = z[i * changes.L + k];
+                sum[i][0] += by * a;
+                sum[i][1] += by * b;
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) {
+            float* to = pre + (sample + i) * d.wide + c;
+            *(vf*)to = sum[i][0];
+            if (second) *(vf*)(to + WIDTH) = sum[i][1];
         }
     }
 
@@ -550,16 +585,19 @@ struct Sweep {
         const Activation kind = (Activation)d.layer->activation;
         for (int64_t r = 0; r < n; ++r) {
             const Change change = change_of(worker, start + r, is_base);
+            const bool alone = change.count == 1;
+            const float by = alone ? change.by[0] : 0, *of = alone ? d.weights + change.at[0] * d.wide : nullptr;
             for (int64_t c = from; c < to; c += COLUMN) {
                 float* here = x + (c - from) / COLUMN * block + r * row;
                 for (int64_t i = 0; i < COLUMN; i += WIDTH) {
-                    const float* w = d.weights + c + i;
                     vf v = *(const vf*)(change.start + c + i);
-                    for (int64_t k = 0; k < change.count; ++k)
-                        v += change.by[k] * *(const vf*)(w + change.at[k] * d.wide);
+                    if (alone) v += by * *(const vf*)(of + c + i);
+                    else
+                        for (int64_t k = 0; k < change.count; ++k)
+                            v += change.by[k] * *(const vf*)(d.weights + c + i + change.at[k] * d.wide);
                     *(vf*)(here + i) = d.after == After::relu ? (v < 0 ? vf{} : v) : v;
                 }
-                if (d.after != After::relu) activate(here, COLUMN, kind, d.layer->slope);
+                if (d.after == After::leaky_relu || d.separately) activate(here, COLUMN, kind, d.layer->slope);
             }
         }
     }
@@ -1042,10 +1080,12 @@ struct Sweep {
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
             Worker& w = workers[omp_get_thread_num()];
+            const int64_t columns = n_dense ? dense[0].wide : 0;
+#pragma omp for schedule(static)
+            for (int64_t c = 0; c < columns; c += 2 * WIDTH) take_pre(n, c);
 #pragma omp for schedule(dynamic)
             for (int64_t start = 0; start < n; start += bases) {
                 const int64_t here = least(bases, n - start);
-                for (int64_t r = 0; n_dense && r < here; ++r) take_pre(start + r);
                 tile_of_rows(w, start, here, true);
             }
 #pragma omp for schedule(dynamic)

@@ -277,7 +277,7 @@ def targets_at(
             labels = torch.where(mask, units(shape, unit, heads).labels, -1)
             if reaching and traced.output not in traced.reached([value]):
                 raise InputError(f"{s}: nothing of it reaches the output; choose a site before it")
-            found.setdefault(s, Target(s, labels, tuple(labels[mask].unique().tolist())))
+            found.setdefault(s, Target(s, labels, tuple(labels[mask].bincount().nonzero()[:, 0].tolist())))
         except InputError:
             if not pattern:
                 raise

@@ -174,10 +174,12 @@ def _cpp_forward(
     spans: Tensor,
     precision: int,
 ) -> Tensor:
-    by_unit = owner.sort(stable=True)
-    sorted_labels = by_unit.values.long()
-    starts, stops = (torch.searchsorted(sorted_labels, units, right=right) for right in (False, True))
-    given = [t.contiguous() for t in (base, source, by_unit.indices, starts, stops)]
+    if bool((owner[1:] >= owner[:-1]).all()):  # as those of channels are
+        order = torch.arange(len(owner))
+    else:
+        owner, order = owner.sort(stable=True)
+    starts, stops = (torch.searchsorted(owner.long(), units, right=right) for right in (False, True))
+    given = [t.contiguous() for t in (base, source, order, starts, stops)]
     reference = _native.address(given[1]) if against_source else 0
     out = torch.empty((len(base), len(units), len(kinds), offsets.numel() - 1), dtype=torch.float32)
     with_network = (weights, biases, layout, slopes, shape, labels, kinds, link, spans, out)

@@ -162,9 +162,8 @@ def agrees(network: Network, codes: Tensor, y: Tensor) -> bool:
     return not bool((difference > DISAGREES * y.abs().amax().clamp(min=torch.finfo(y.dtype).tiny)).any())
 
 
-def gram_head(network: Network, groups: Groups, effect: str, decodes: int | None = None, least: int = 2) -> Head | str:
-    """The head for a squared effect, or why there is none. decodes: how many it would save work in; None: any. least:
-    layers that the network must have."""
+def gram_head(network: Network, groups: Groups, effect: str, decodes: int | None = None) -> Head | str:
+    """The head for a squared effect, or why there is none. decodes: how many it would save work in; None: any."""
     last = network.layers[-1]
     if effect not in SQUARED:
         return f"{effect} is not a squared effect"
@@ -172,7 +171,7 @@ def gram_head(network: Network, groups: Groups, effect: str, decodes: int | None
         return "the last layer is a transposed convolution"
     if network.link != "identity":
         return f"{effect} is taken after the {network.link}"
-    if len(network.layers) < least:
+    if len(network.layers) == 1:
         return "there is one layer"
     sizes, width = groups.sizes.tolist(), last.weight.shape[1]
     if max(sizes) <= width:

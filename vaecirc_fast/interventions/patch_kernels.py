@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..groups import Groups
+from ..ops import effect_reduction
 from ..ops.latent_sweep import ROW as LATENT_SWEEP
 from ..ops.latent_sweep import Dense, Network
 from ..ops.patch_mix import ROW as PATCH_MIX
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 class Kernel:
     """What is behind a vector or image: activations to pass first, then a network that the kernels know.
 
-    alone: every unit is one element of a vector, which the op `latent_sweep` shifts; `patch_mix` sets any unit.
-    flops: of one patched sample.
+    alone: every unit is one element of a vector, which the op `latent_sweep` shifts; `patch_mix` sets any unit. Behind
+    it one linear layer alone, all that a unit does is its column of the weights times its change. flops: of one patched
+    sample.
     """
 
     lead: tuple[Step, ...]
@@ -44,8 +46,9 @@ class Kernel:
         the source there is a unit more, (B, U + 1, G), which changes nothing."""
         base, source = self._pass(base).flatten(1), self._pass(source.to(base)).flatten(1)
         numbers = torch.tensor(target.units, device=base.device)
-        decodes = len(base) * len(numbers)
-        head = gram_head(self.network, groups, effect, decodes, least=1)
+        if self.alone and self.network.link == "identity" and len(self.network.layers) == 1 and against == "base":
+            return self._columns((source - base)[:, numbers], numbers, effect, groups)
+        head = gram_head(self.network, groups, effect, len(base) * len(numbers))
         network, kind = self.network, effect
         if not isinstance(head, str):
             network, groups, kind = head.network, head.groups, "mse"
@@ -61,6 +64,13 @@ class Kernel:
             return out
         out = out * head.factor.to(out)
         return out.sqrt() if effect == "rms" else out
+
+    def _columns(self, shifts: Tensor, numbers: Tensor, effect: str, groups: Groups) -> Tensor:
+        """Effects (B, U, G) of shifts (B, U) of inputs of the one linear layer: of unit shifts, times their size."""
+        columns = self.network.layers[0].weight.T[numbers][None]
+        of_one = effect_reduction(columns.new_zeros(1, columns.shape[2]), columns, effect, groups=groups)
+        size = {"signed": shifts, "mse": shifts.square()}.get(effect, shifts.abs())
+        return size[..., None] * of_one
 
     def agrees(self, a: Tensor, y: Tensor) -> bool:
         """Whether outputs for activations a (R, ...) are y (R, P), up to rounding."""

@@ -85,6 +85,9 @@ def test_kernels_behind_mediators(grouped):
     """Units one by one of a site with a kernel and of one without, against the module's own layers."""
     torch.manual_seed(2)
     module = models.build("vae", (1, 16, 16), 3, width=0.25).eval()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(3)
     x0, x1 = torch.rand(2, 7, 1, 16, 16)
     outcome = partitions.cells(16, 16, 2) if grouped else "output.mean"
     given_ = {"outcome": outcome, "each": True, "replicates": 0, "tile": 4}
@@ -99,7 +102,7 @@ def test_kernels_behind_mediators(grouped):
         truth = exact.per_sample[term]
         unit = torch.full_like(truth, 2.0)  # outcomes are probabilities
         assert_close(M.per_sample[term].float(), plain.per_sample[term].float(), truth, terms=656, unit=unit)
-    assert float(exact.nie_pure.abs().max()) > 1e-6
+    assert float(exact.nie_pure.abs().max()) > 1e-3
 
 
 @given(random_net(), st.data())

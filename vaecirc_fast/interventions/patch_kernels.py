@@ -133,4 +133,8 @@ def _kernel_behind(passes: Passes, target: Target, recovery: bool) -> Kernel | N
     needed = [LATENT_SWEEP if alone else PATCH_MIX, *([PATCH_MIX] if recovery else [])]
     if any(backend_for(row, row=op) in (None, "reference") for op in needed):
         return None
-    return Kernel(tuple(lead), network, alone, 2 * sum(network.multiplications()[int(alone) :]))
+    first, *others = network.multiplications()
+    share = float((target.labels >= 0).sum()) / len(target.units) / len(target.labels)  # a unit's, of the inputs
+    update = isinstance(network.layers[0], Dense) or 2 * share <= 1
+    flops = 2 * (sum(others) + round(first * (share if update else 1)))
+    return Kernel(tuple(lead), network, alone, flops)

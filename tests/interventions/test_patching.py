@@ -1,11 +1,13 @@
-"""Activation patching against a naive loop of hooks: on VAEs, a residual net and a transformer; caches; bad input."""
+"""Activation patching against a loop of hooks: on VAEs, a residual net, a transformer, a UNet; caches; bad input."""
 
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from close import assert_close
+from hook_loop import assert_equals_hook_loop, thirds
 from interventions.live_memory import LiveMemory
 from torch import nn
 
@@ -45,6 +47,60 @@ class Residual(nn.Module):
         return self.fc(self.b2(self.b1(self.stem(x))).mean((2, 3)))
 
 
+class ResNetBlock(nn.Module):
+    """A block of a diffusion model: normalised in groups, told the step, around which a convolution goes."""
+
+    def __init__(self, channels, out):
+        super().__init__()
+        self.norm1, self.c1 = nn.GroupNorm(2, channels), nn.Conv2d(channels, out, 3, padding=1)
+        self.step, self.norm2, self.drop = nn.Linear(6, out), nn.GroupNorm(2, out), nn.Dropout(0.2)
+        self.c2, self.short, self.act = nn.Conv2d(out, out, 3, padding=1), nn.Conv2d(channels, out, 1), nn.SiLU()
+
+    def forward(self, x, step):
+        h = self.c1(self.act(self.norm1(x))) + self.step(self.act(step))[:, :, None, None]
+        return (self.short(x) + self.c2(self.drop(self.act(self.norm2(h))))) / 2**0.5
+
+
+class Attention(nn.Module):
+    """Places of an image attend to each other, in heads, by torch's fused attention."""
+
+    def __init__(self, channels, heads):
+        super().__init__()
+        self.heads, self.norm = heads, nn.GroupNorm(2, channels)
+        self.q, self.k, self.v, self.out = (nn.Linear(channels, channels) for _ in range(4))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        q, k, v = (f(tokens).view(B, H * W, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        h = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=0.0)
+        return x + self.out(h.transpose(1, 2).reshape(B, H * W, C)).transpose(1, 2).view(B, C, H, W)
+
+
+@dataclass
+class Sample:
+    sample: torch.Tensor
+
+
+class UNet(nn.Module):
+    """What a UNet of a diffusion model has: a step, skips that are concatenated, attention, an output with a name."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.first = nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 6)), nn.Conv2d(3, 4, 3, 1, 1)
+        self.down1, self.down2 = ResNetBlock(4, 4), nn.Conv2d(4, 4, 3, 2, 1)
+        self.middle, self.attention, self.up1 = ResNetBlock(4, 4), Attention(4, 2), ResNetBlock(8, 4)
+        self.last = nn.Conv2d(4, 3, 3, 1, 1)
+
+    def forward(self, x, step):
+        angles = step[:, None] * torch.tensor([1.0, 10.0], dtype=x.dtype)
+        step = self.embed(torch.cat([angles.sin(), angles.cos()], -1).to(x.dtype))
+        skip = self.down1(self.first(x), step)
+        h = self.attention(self.middle(self.down2(skip), step))
+        h = nn.functional.interpolate(h, scale_factor=2.0, mode="nearest")
+        return Sample(self.last(nn.functional.silu(self.up1(torch.cat([h, skip], 1), step))))
+
+
 class Sequence(nn.Module):
     def __init__(self):
         super().__init__()
@@ -61,100 +117,63 @@ def made(name, dtype=torch.float32):
         module = models.build("vae", (1, 16, 16), 3, net=name, width=0.25)
         x = [torch.rand(N, 1, 16, 16) for _ in range(2)]
     else:
-        module = {"residual": Residual, "transformer": Sequence}[name]()
-        x = [torch.randn(N, *((3, 6, 6) if name == "residual" else (4, 8))) for _ in range(2)]
+        module = {"residual": Residual, "transformer": Sequence, "unet": UNet}[name]()
+        x = [torch.randn(N, *((4, 8) if name == "transformer" else (3, 6, 6))) for _ in range(2)]
     with torch.no_grad():
         for p in module.parameters():
             p.mul_(2)
     return module.eval().to(dtype), *(t.to(dtype) for t in x)
 
 
-SITES = {
-    "conv": ["encoder.conv2", "encoder.fc", "decoder.fc1", "decoder.fc2", "decoder.ct1", "decoder.ct2"],
-    "mlp": ["encoder.fc1", "encoder.mu", "decoder.fc1", "decoder.fc2", "decoder.fc3", "decoder.fc4"],
-    "residual": ["stem", "b1.c1", "b1.norm", "b1", "b2.c2", "fc"],
-    "transformer": ["encoder.layers.0.linear1", "encoder.layers.0.norm1", "encoder.layers.1.linear2"],
-}
+CASES = [  # family, unit, heads, sites
+    (
+        "conv",
+        "channel",
+        None,
+        ["encoder.conv2", "encoder.fc", "decoder.fc1", "decoder.fc2", "decoder.ct1", "decoder.ct2"],
+    ),
+    ("conv", "cell", None, ["encoder.conv1", "decoder.ct1"]),
+    ("conv", "element", None, ["encoder.mu", "decoder.fc1"]),
+    ("mlp", "channel", None, ["encoder.fc1", "encoder.mu", "decoder.fc1", "decoder.fc2", "decoder.fc3", "decoder.fc4"]),
+    ("mlp", "head", 4, ["encoder.fc2", "decoder.fc2"]),
+    ("residual", "channel", None, ["stem", "b1.c1", "b1.norm", "b1", "b2.c2", "fc"]),
+    ("residual", "cell", None, ["stem", "b2.c1"]),
+    ("residual", "element", None, ["fc"]),
+    (
+        "transformer",
+        "channel",
+        None,
+        ["encoder.layers.0.linear1", "encoder.layers.0.norm1", "encoder.layers.1.linear2"],
+    ),
+    ("transformer", "token", None, ["encoder.layers.0", "encoder.layers.0.norm1", "encoder.layers.1.linear1"]),
+    ("transformer", "head", 2, ["encoder.layers.0.norm1", "encoder.layers.1.linear2"]),
+    ("unet", "channel", None, ["embed", "down1.c1", "down1.norm2", "down2", "attention.q", "middle.c2", "up1", "last"]),
+    ("unet", "cell", None, ["down1", "attention", "up1.c1"]),
+    ("unet", "token", None, ["attention.v"]),
+    ("unet", "head", 2, ["attention.q", "attention.out"]),
+]
 
 
-def naive(module, x_base, x_source, sites, effect, groups, unit="channel"):
-    """A forward pass with a hook for every unit of every site: (unit, group), and the recoveries."""
-    modules = dict(module.named_modules())
-    kinds = {
-        "l1": lambda d: d.abs().mean(-1),
-        "mse": lambda d: d.square().mean(-1),
-        "signed": lambda d: d.mean(-1),
-    }
-    labels, count = groups.labels, len(groups)
-
-    def distance(y, y0):
-        d = (y - y0).flatten(1)
-        return torch.stack([kinds[effect](d[:, labels == g]) for g in range(count)], 1)
-
-    rows, near = [], []
-    with torch.no_grad():
-        base, source = module(x_base), module(x_source)
-        apart = kinds[effect]((base - source).flatten(1)).mean()
-        for site in sites:
-            kept = []
-            handle = modules[site].register_forward_hook(lambda m, a, out, kept=kept: kept.append(out.clone()))
-            module(x_source)
-            handle.remove()
-            owner = selection.units(kept[0].shape[1:], unit).labels.view(kept[0].shape[1:])
-            for u in range(int(owner.max()) + 1):
-                handle = modules[site].register_forward_hook(
-                    lambda m, a, out, u=u, owner=owner, kept=kept: torch.where(owner == u, kept[0], out)
-                )
-                y = module(x_base)
-                handle.remove()
-                rows.append(distance(y, base).mean(0))
-                near.append(1 - kinds[effect]((y - source).flatten(1)).mean() / apart)
-    return torch.stack(rows), torch.stack(near), base
-
-
-def thirds(elements):
-    return partitions.from_labels(torch.arange(elements) % 3)
-
-
-@pytest.mark.parametrize("tile", [None, 2, 64])
-@pytest.mark.parametrize("effect", ["l1", "mse"])
-@pytest.mark.parametrize("name", SITES)
-def test_every_unit_equals_a_loop_of_hooks(name, effect, tile):
+def assert_case(name, unit, heads, sites, **options):
     module, x_base, x_source = made(name)
-    double, base64, source64 = made(name, torch.float64)
-    with torch.no_grad():
-        elements = module(x_base)[0].numel()
-    groups = thirds(elements)
-    reference, _, _ = naive(module, x_base, x_source, SITES[name], effect, groups)
-    truth, recovery, y = naive(double, base64, source64, SITES[name], effect, groups)
-    P = vf.wrap(module).patch_sweep(x_base, x_source, SITES[name], effect=effect, groups=groups, tile=tile)
-    largest = 2 * float(y.abs().max()) + float(truth.max()) ** (0.5 if effect == "mse" else 1)
-    unit = torch.full_like(truth, largest**2 if effect == "mse" else largest)
-    assert_close(P.tensor, reference, truth, terms=elements + 400, unit=unit)
-    assert P.coords["unit"][0] == (SITES[name][0], 0) and len(P.coords["unit"]) == len(truth)
-    exact = vf.wrap(double).patch_sweep(base64, source64, SITES[name], effect=effect, recovery=True, tile=tile)
-    assert torch.allclose(exact.recovery, recovery, rtol=1e-9, atol=1e-9)
-    assert exact.recovery.max() > 0.01 and "only what depends on" in P.plan
+    if name == "unet":  # a step of the process for each sample
+        steps = torch.arange(N) / N
+        x_base, x_source = (x_base, steps), (x_source, steps.flip(0))
+        options["readout"] = lambda out: out.sample
+    return assert_equals_hook_loop(module, x_base, x_source, sites, unit=unit, heads=heads, **options)
 
 
-@pytest.mark.parametrize(("unit", "site"), [("cell", "b1.c1"), ("element", "fc"), ("channel", "b2.c1")])
-def test_units_of_images(unit, site):
-    module, x_base, x_source = made("residual", torch.float64)
-    expected, _, _ = naive(module, x_base, x_source, [site], "mse", thirds(6), unit)
-    P = vf.interventions.patch_sweep(module, x_base, x_source, [site], unit=unit, groups=thirds(6))
-    assert torch.allclose(P.tensor.double(), expected, rtol=1e-5) and P.tensor.shape == expected.shape
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_every_unit_equals_a_loop_of_hooks(case):
+    P = assert_case(*case)
+    assert "only what depends on" in P.plan
 
 
-def test_tokens_and_heads():
-    module, x_base, x_source = made("transformer", torch.float64)
-    site = "encoder.layers.0.norm1"
-    expected, _, _ = naive(module, x_base, x_source, [site], "mse", thirds(32), "token")
-    P = vf.interventions.patch_sweep(module, x_base, x_source, [site], unit="token", groups=thirds(32))
-    assert torch.allclose(P.tensor.double(), expected, rtol=1e-5)
-    H = vf.interventions.patch_sweep(module, x_base, x_source, [site], unit="head", heads=2)
-    assert H.units == (0, 1)
-    whole = vf.interventions.patch_sweep(module, x_base, x_source, [f"{site}[:, :4]"], unit="head", heads=2)
-    assert whole.units == (0,) and torch.equal(whole.tensor[0], H.tensor[0])
+@pytest.mark.parametrize(("effect", "tile"), [("l1", 2), ("mse", 64)])
+@pytest.mark.parametrize("name", ["conv", "mlp", "residual", "transformer", "unet"])
+def test_in_tiles_of_any_size(name, effect, tile):
+    case = next(case for case in CASES if case[0] == name)
+    assert_case(*case[:3], case[3][:3], effect=effect, tile=tile)
 
 
 def test_only_the_chosen_units_are_patched():
@@ -326,7 +345,7 @@ def test_recovery_by_kernels(net, effect):
     ]
     given = {"effect": effect, "recovery": True, "replicates": 0}
     P = vf.interventions.patch_sweep(module, x_base, x_source, sites, **given)
-    assert f"kernels behind {', '.join(sites[1:])};" in P.plan
+    assert f"kernels behind {', '.join(sites[net == 'conv' :])};" in P.plan
     double, base64, source64 = made(net, torch.float64)
     truth = vf.interventions.patch_sweep(double, base64, source64, sites, **given)
     with vf.backend("reference"):
@@ -430,18 +449,6 @@ def test_patterns_leave_out_what_does_not_fit():
         vf.interventions.patch_sweep(Many(), torch.randn(4, 3), torch.randn(4, 3), ["sh*"])
 
 
-class Early(nn.Module):
-    """Leaves early when its input is small."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
-
-    def forward(self, x):
-        h = self.a(x)
-        return h if h.abs().mean() < 1e-3 else self.b(h)
-
-
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
@@ -469,36 +476,153 @@ def test_bad_options(module, options, message):
         vf.interventions.patch_sweep(wrapped, **given)
 
 
-def test_passes_that_cannot_be_run_again():
-    class Noisy(nn.Module):
+class Through(nn.Module):
+    """A linear layer, and what `f` does with it."""
+
+    def __init__(self, f):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.act, self.f = nn.Linear(3, 4), nn.ReLU(inplace=True), f
+
+    def forward(self, x):
+        return self.f(self, self.a(x))
+
+
+class Attending(nn.Module):
+    """torch's fused attention, which draws random numbers where it is told to drop some, in eval mode too."""
+
+    def __init__(self, dropout):
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=self.dropout)
+
+
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [
+        (lambda m, h: h + torch.randn_like(h), r"in it \(Through\), .* draws random numbers; call eval\(\)"),
+        (lambda m, h: h * torch.rand(4), r"in it \(Through\), .* draws random numbers"),
+        (lambda m, h: Attending(0.1)(h[:, None, None])[:, 0, 0], "draws random numbers"),
+        (lambda m, h: h if h.mean() < 0 else 2 * h, "makes a decision or a shape depend on values"),
+        (
+            lambda m, h: (m.act(h[:, :2]), h)[1],
+            r"in act \(ReLU\), .* changes a view, .* use the operation out",
+        ),
+        (lambda m, h: h.as_strided((1, 2), (4, 1)), "reads memory whatever lies in it; use view"),
+        (lambda m, h: h * float(np.random.default_rng().normal()), "gives other numbers when it runs again"),
+        (lambda m, h: h * h.detach().numpy().mean().item(), "gives other numbers for x_source"),
+    ],
+)
+def test_passes_that_cannot_be_run_again(f, message):
+    x = torch.randn(4, 3)
+    with pytest.raises(InputError, match=f"module: .*{message}"):
+        vf.interventions.patch_sweep(Through(f), x, x + 1, ["a"])
+
+
+def test_a_patched_tensor_that_is_overwritten_later():
+    """In place by the next module: what a hook's copy would have been is patched."""
+    module, x = Through(lambda m, h: m.act(h) + 1).double(), torch.randn(4, 3).double()
+    assert_equals_hook_loop(module.float(), x.float(), -x.float(), ["a"])
+
+
+def test_attention_without_dropout_draws_nothing():
+    module, x = nn.Sequential(nn.Linear(3, 4), Attending(0.0)), torch.randn(4, 1, 5, 3)
+    P = vf.interventions.patch_sweep(module, x, -x, ["0"], unit="element")
+    assert len(P.units) == 20 and P.tensor.all()
+
+
+def test_outputs_that_are_no_tensor():
+    """The one tensor of a mapping, a sequence or a dataclass is the output; of several readout= chooses."""
+    x = torch.randn(4, 3)
+    plain = vf.interventions.patch_sweep(Through(lambda m, h: h), x, x + 1, ["a"])
+    for f in (lambda m, h: {"sample": h, "steps": 3}, lambda m, h: (h,), lambda m, h: Sample(h)):
+        P = vf.interventions.patch_sweep(Through(f), x, x + 1, ["a"], recovery=True)
+        assert torch.equal(P.tensor, plain.tensor) and P.recovery is not None
+    two = Through(lambda m, h: {"sample": h, "more": h[:, :2]})
+    with pytest.raises(InputError, match="its output is dict; readout= must choose one of the 2 tensors in it"):
+        vf.interventions.patch_sweep(two, x, x + 1, ["a"])
+    P = vf.interventions.patch_sweep(two, x, x + 1, ["a"], readout=lambda out: out["sample"])
+    assert torch.equal(P.tensor, plain.tensor)
+    with pytest.raises(InputError, match="its output is int"):
+        vf.interventions.patch_sweep(Through(lambda m, h: 3), x, x + 1, ["a"])
+
+
+@pytest.mark.parametrize(
+    ("readout", "message"),
+    [
+        (lambda y: y.mean(), r"readout: gives shape \(\) for 1 rows, expected \(rows, ...\)"),
+        (lambda y: y.mean(1), r"readout: gives shape \(1,\) for 1 rows, expected \(rows, ...\) with more than"),
+        (lambda y: y.T, r"readout: gives shape \(4, 1\) for 1 rows"),
+        (lambda y: float(y.mean()), "makes a decision or a shape depend on values"),
+        (lambda y: None, "its output is NoneType; readout= must choose a tensor"),
+    ],
+)
+def test_readouts_of_the_wrong_shape(readout, message):
+    x = torch.randn(4, 3)
+    with pytest.raises(InputError, match=message):
+        vf.interventions.patch_sweep(Through(lambda m, h: h), x, x + 1, ["a"], readout=readout)
+
+
+def test_sources_of_another_shape():
+    """Whose sites hold other shapes than the base's: named with both."""
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1))
+    with pytest.raises(InputError, match=r"0: gives \(4, 2, 4, 4\) for x_source, \(4, 2, 2, 2\) for x_base"):
+        vf.interventions.patch_sweep(module, torch.randn(4, 1, 4, 4), torch.randn(4, 1, 6, 6), ["0"])
+
+
+def test_a_site_behind_which_the_pass_leaves_early():
+    """By a number of the call, not of the data: b is reached or not."""
+
+    class Depth(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a = nn.Linear(3, 3)
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
 
-        def forward(self, x):
-            return self.a(x) + torch.randn_like(x)
-
-    x = torch.randn(4, 3)
-    with pytest.raises(InputError, match="draws random numbers"):
-        vf.interventions.patch_sweep(Noisy(), x, x + 1, ["a"])
-    with pytest.raises(InputError, match="depend on values"):
-        vf.interventions.patch_sweep(Early(), x, x + 1, ["a"])
-
-
-def test_outputs_that_are_no_tensor_need_a_readout():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = nn.Linear(3, 3)
-
-        def forward(self, x):
-            return {"sample": self.a(x), "more": x}
+        def forward(self, x, depth):
+            h = self.a(x)
+            return h if depth == 1 else self.b(h)
 
     x = torch.randn(4, 3)
-    with pytest.raises(InputError, match="its output is dict; readout= must choose"):
-        vf.interventions.patch_sweep(Two(), x, x + 1, ["a"])
-    P = vf.interventions.patch_sweep(Two(), x, x + 1, ["a"], readout=lambda out: out["sample"])
-    assert P.tensor.shape == (3, 1) and P.tensor.all()
+    assert vf.interventions.patch_sweep(Depth(), (x, 2), (x + 1, 2), ["b"]).units == (0, 1, 2)
+    with pytest.raises(InputError, match="b: is not reached when the module runs; choose another site"):
+        vf.interventions.patch_sweep(Depth(), (x, 1), (x + 1, 1), ["b"])
+
+
+# --- compiled modules ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+@pytest.mark.parametrize("how", ["around", "inside", "in place"])
+def test_nothing_is_compiled_for_a_patch(how):
+    """A compiled module runs as it was written, so hooks fire, and what was compiled stays so."""
+    from torch._dynamo.utils import counters
+
+    module, x_base, x_source = made("mlp")
+    plain = vf.wrap(module)
+    expected = plain.patch_sweep(x_base, x_source, ["decoder.fc1", "decoder.fc2"]).tensor
+    _, cache = plain.run_with_cache(x_source, ["decoder.fc1"])
+    one_by_one = [plain.patch(x_base, {f"decoder.fc1[{u}]": cache}) for u in range(8)]
+    site, compiled = "decoder.fc1", module
+    if how == "around":
+        compiled = torch.compile(module, backend="eager")
+    elif how == "inside":
+        module.decoder = torch.compile(module.decoder, backend="eager")
+        site = "decoder._orig_mod.fc1"
+    else:
+        module.compile(backend="eager")
+    with torch.no_grad():
+        y = compiled(x_base)
+        graphs = counters["stats"]["unique_graphs"]
+        m = vf.wrap(compiled)
+        assert graphs and site in m.sites(site)["site"].to_list()
+        P = m.patch_sweep(x_base, x_source, [site, site.replace("fc1", "fc2")])
+        assert torch.equal(P.tensor, expected)
+        _, cache = m.run_with_cache(x_source, [site])
+        patched = [m.patch(x_base, {f"{site}[{u}]": cache}) for u in range(8)]
+        assert all(map(torch.equal, patched, one_by_one)) and any(not torch.equal(y, p) for p in patched)
+        assert torch.equal(compiled(x_base), y) and counters["stats"]["unique_graphs"] == graphs
 
 
 def test_bad_patches():

@@ -16,7 +16,7 @@ from torch import nn
 from vaecirc_fast.errors import InputError, MissingExtra
 from vaecirc_fast.interventions.edges import direct_edges
 from vaecirc_fast.metrics import CircuitGraph, circuit_graph, circuit_modularity
-from vaecirc_fast.metrics.graph import louvain, newman_q
+from vaecirc_fast.metrics.louvain import louvain, louvain_of_many, newman_q
 
 
 def cliques(parts=2, size=3):
@@ -155,16 +155,50 @@ def test_the_best_partition_of_small_graphs():
 def test_nulls_keep_the_weights_of_each_pair(monkeypatch):
     from vaecirc_fast.metrics import graph as module
 
-    graph, seen = random_graph(), []
-    original = module._best
-    monkeypatch.setattr(module, "_best", lambda g, *rest: seen.append(g) or original(g, *rest))
+    graph, nulls = random_graph(), []
+    original = module._null
+    monkeypatch.setattr(module, "_null", lambda *args: nulls.append(original(*args)) or nulls[-1])
     circuit_modularity(graph, partitions=1)
-    assert len(seen) == 51
-    for null in seen[1:]:
+    assert len(nulls) == 50
+    for null in nulls:
         assert null.layers == graph.layers
         for pair, w in graph.weights.items():
             assert torch.equal(null.weights[pair].flatten().sort()[0], w.flatten().sort()[0])
-    assert not torch.equal(seen[1].weights["layer 0", "layer 1"], seen[2].weights["layer 0", "layer 1"])
+    assert not torch.equal(nulls[0].weights["layer 0", "layer 1"], nulls[1].weights["layer 0", "layer 1"])
+
+
+def one_at_a_time(A, rng):
+    """The method as it is written: a node at a time, of one graph."""
+    labels, total = np.arange(len(A)), A.sum()
+    while True:
+        n, degree, community = len(A), A.sum(1), np.arange(len(A))
+        degrees, moving = degree.copy(), True
+        while moving:
+            moving = False
+            for i in rng.permutation(n):
+                degrees[community[i]] -= degree[i]
+                links = np.bincount(community, A[i], minlength=n)
+                links[community[i]] -= A[i, i]
+                links -= degree[i] / total * degrees
+                best = links.argmax()
+                if links[best] > links[community[i]] + 1e-12 * total:
+                    community[i], moving = best, True
+                degrees[community[i]] += degree[i]
+        kept, joined = np.unique(community, return_inverse=True)
+        labels = joined[labels]
+        if len(kept) == n:
+            return labels
+        member = np.eye(len(kept))[joined]
+        A = member.T @ A @ member
+
+
+def test_many_partitions_at_once_are_those_of_one_graph_at_a_time():
+    graphs = np.stack([symmetrised(random_graph(seed, (9, 12, 7))) for seed in range(6)])
+    graphs[2, 3] = graphs[2, :, 3] = 0  # a node without edges
+    chosen = [g for g in range(6) for _ in range(4)]
+    found = louvain_of_many(graphs, chosen, [np.random.default_rng(n) for n in range(24)])
+    for n, (g, labels) in enumerate(zip(chosen, found, strict=True)):
+        assert np.array_equal(labels, one_at_a_time(graphs[g], np.random.default_rng(n)))
 
 
 def test_a_seed_decides_everything():

@@ -25,6 +25,7 @@ from vaecirc_fast.studies.image import Config
 from vaecirc_fast.sweeps import RunStore
 
 TINY = {"steps": 60, "images": 60, "sweep_images": 8, "pairs": 4, "latents": 3, "batch_size": 8, "precision": "fp32"}
+TINY |= {"circuit_pairs": 0}  # circuits have tests of their own
 CPU = torch.device("cpu")
 SWEPT = {"ces_raw", "ces_posterior", "ces_resample", "specificity"}
 NAMES = {"reconstruction", "active", "mig"} | SWEPT
@@ -266,6 +267,8 @@ def ids(out="x", sets=SETS, **changes):
         {"images": 61},
         {"sweep_images": 9},
         {"pairs": 5},
+        {"circuit_pairs": 4},
+        {"circuit_units": 4},
         {"data": ["dsprites"]},
     ],
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .engine import slices
 from .patch_sweeps import Passes, Sources, Sweep, Target, targets_at
-from .patching import Readout, device_of, inputs_of, quiet, run_with_cache, taken
+from .patching import Readout, device_of, inputs_of, quiet, read_out, run_with_cache, taken
 from .selection import Selection
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def attribute(
     started = time.perf_counter()
 
     def scalar(y: Any) -> Tensor:
-        y = y if readout is None else readout(y)
+        y = read_out(y, readout)
         value = y.flatten(1).mean(1) if outcome is None else outcome(y)
         if not isinstance(value, Tensor) or value.shape != (len(y),):
             given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -116,7 +116,7 @@ def attribute(
             for n, u in (labels[at] for at in picks.tolist()):
                 by_target.setdefault(n, []).append(u)
             picked = [replace(targets[n], units=tuple(numbers)) for n, numbers in by_target.items()]
-            sources = Sources(passes, source_args, "resample", None, seed)
+            sources = Sources(module, source_args, rows, "resample", None, seed)
             with torch.no_grad():
                 sweep = Sweep(passes, picked, sources, "signed", None, False, tile)
                 truth[picks] = sweep.run(0, seed, started).whole()

@@ -14,10 +14,9 @@ from ..groups import Groups
 from .engine import most_bytes
 from .patch_sweeps import LARGEST_TILE, Passes, Target, targets_at
 from .patching import Readout, inputs_of, run_with_cache, taken
-from .trace import Trace, Value, trace
+from .trace import Trace, Value, same, trace
 
 MOST_COLUMNS = 512  # groups whose means are a product
-REPRODUCES = 1024  # epsilons of the largest output: a program runs what the module runs, at the same shapes
 
 
 class Pairs:
@@ -79,7 +78,7 @@ class Pairs:
         plain = self.passes.output(rows)
         if not bool(torch.isfinite(plain).all()):
             raise InputError(f"{name}: the module's output has NaN or infinity")
-        if _same(y, plain):
+        if same(y, plain):
             return
         culprit = self._culprit(part, repeats, rows)
         raise InputError(
@@ -107,7 +106,7 @@ class Pairs:
         _, cache = run_with_cache(module, rows, ["*"]) if modules else (None, {})
         # the first to be left: what is inside is named before what it is inside of
         for name, value in sorted(places.items(), key=lambda p: (p[1].number, -len(p[0]))):
-            if name in cache and not _same(again[value], cache[name]):
+            if name in cache and not same(again[value], cache[name]):
                 return f"{name} ({type(modules[name]).__name__})"
         return f"it ({type(module).__name__})"
 
@@ -205,17 +204,6 @@ def chosen_units(target: Target, numbers: Sequence[int], repeats: int, samples: 
 def chosen_whole(target: Target, device: torch.device) -> Tensor:
     """The mask (1, E) of all chosen units of a target."""
     return (target.labels >= 0)[None].to(device)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two results of the same computation agree up to the rounding of another order of additions."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    a, b, eps = a.double(), b.double(), torch.finfo(a.dtype).eps
-    apart = (a - b).abs()
-    return bool((apart <= min(REPRODUCES * eps, 1 / 16) * b.abs().amax()).all()) or torch.equal(a, b)
 
 
 def _counterpart(args: tuple, rows: int, x_source: Any) -> tuple:

@@ -17,7 +17,7 @@ from ..ops.latent_sweep import Dense, Network
 from ..ops.patch_mix import ROW as PATCH_MIX
 from .fused import agrees, backend_for, gram_head
 from .networks import ACTIVATIONS, record
-from .patching import run_with_cache, taken
+from .patching import read_out, run_with_cache, taken
 from .selection import Selection
 from .trace import Step
 
@@ -92,7 +92,7 @@ def kernels_behind(passes: Passes, targets: Sequence[Target], recovery: bool = F
         names = {t.selection: t.site for t in targets if t.selection in found}
         rows = taken(passes.args, passes.rows, slice(0, 2))
         y, cache = run_with_cache(passes.module, rows, list(dict.fromkeys(names.values())))
-        y = (y if passes.readout is None else passes.readout(y)).flatten(1)
+        y = read_out(y, passes.readout).flatten(1)
         for selection, name in names.items():
             if not found[selection].agrees(cache[name], y):
                 del found[selection]
@@ -107,7 +107,7 @@ def _kernel_behind(passes: Passes, target: Target, recovery: bool) -> Kernel | N
         return None
     lead: list[Step] = []
     while True:
-        program = one.downstream([value])
+        program = one.between([value], one.output)
         readers = [one.steps[n] for n in program.chosen if value in one.steps[n].reads]
         if len(readers) != 1 or program.needs:
             return None

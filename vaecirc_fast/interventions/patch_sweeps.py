@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,20 +15,33 @@ from .._allocator import kept_memory
 from ..errors import InputError, MissingExtra
 from ..groups import Groups, whole
 from ..metrics.causal import REPLICATES
-from ..metrics.statistics import resampled_interval, resampling_weights
+from ..metrics.statistics import resampled_intervals, resampling_weights
 from ..ops import effect_reduction
 from ..reference.effect_reduction import KINDS
 from .engine import most_bytes, slices
 from .patch_kernels import kernels_behind
-from .patching import ABLATIONS, Readout, ablated, device_of, inputs_of, quiet, run_with_cache, site_values, taken
+from .patching import (
+    ABLATIONS,
+    Readout,
+    ablated,
+    device_of,
+    inputs_of,
+    quiet,
+    read_out,
+    run_with_cache,
+    site_values,
+    taken,
+)
 from .selection import Selection, is_pattern, resolve, units
-from .trace import Program, Trace, Value, trace
+from .trace import Program, Trace, Value, same, trace
 
 if TYPE_CHECKING:
     import pandas
 
 LARGEST_TILE = 512  # rows of one pass
 PART_BYTES = 32 << 20  # of activations and effects of the samples that kernels take at once
+
+Weights = Callable[[int, int], Tensor]  # (how many samples, number of the first) -> (R, n) of each in each replicate
 
 
 @dataclass(frozen=True)
@@ -66,15 +80,14 @@ class PatchEffects:
         """One row per unit: site, unit, effect on the whole output, low, high (bootstrap over samples), recovery."""
         import pandas
 
-        values, rows = self.whole(), []
-        for u, (site, unit) in enumerate(zip(self.sites, self.units, strict=True)):
-            low = high = float("nan")
-            if self.replicates is not None:
-                drawn = self.replicates[:, u].numpy()
-                low, high = resampled_interval(float(values[u]), drawn, self.samples, level)
-            recovered = float("nan") if self.recovery is None else float(self.recovery[u])
-            rows.append((site, unit, float(values[u]), low, high, recovered))
-        return pandas.DataFrame(rows, columns=["site", "unit", "effect", "low", "high", "recovery"])
+        values = self.whole().cpu().numpy()
+        low = high = recovered = np.full(len(values), np.nan)
+        if self.replicates is not None:
+            low, high = resampled_intervals(values, self.replicates.numpy(), self.samples, level)
+        if self.recovery is not None:
+            recovered = self.recovery.cpu().numpy()
+        columns = {"site": self.sites, "unit": self.units, "effect": values}
+        return pandas.DataFrame(columns | {"low": low, "high": high, "recovery": recovered})
 
     def top(self, n: int = 10) -> pandas.DataFrame:
         """The n units of greatest effect."""
@@ -128,13 +141,7 @@ def patch_sweep(
     Returns effects over (unit, group). InputError names the site and the remedy.
     """
     x_base, x_source = _pair(x_base, x_source, clean, corrupted, direction, ablation)
-    known = [kind for kind in KINDS if kind != "logit_mse"]
-    if effect not in known:
-        raise InputError(f"effect: {effect!r} is unknown; known: {', '.join(known)}")
-    if ablation not in ABLATIONS:
-        raise InputError(f"ablation: {ablation!r} is unknown; known: {', '.join(ABLATIONS)}")
-    if recovery and ablation != "resample":
-        raise InputError("recovery: is of ablation='resample', which has a source to come near to")
+    check_measure(effect, ablation, recovery)
     args, rows = inputs_of(x_base)
     source_args = None
     if ablation == "resample":
@@ -146,9 +153,21 @@ def patch_sweep(
     with quiet(module, device), kept_memory(device.type == "cpu"):
         passes = Passes(module, args, rows, readout)
         targets = targets_at(passes, sites, unit, heads)
-        sources = Sources(passes, source_args, ablation, reference, seed)
+        sources = Sources(module, source_args, rows, ablation, reference, seed)
+        passes.check_repeatable(source_args)
         sweep = Sweep(passes, targets, sources, effect, groups, recovery, tile)
         return sweep.run(replicates, seed, started)
+
+
+def check_measure(effect: str, ablation: str, recovery: bool) -> None:
+    """InputError for unknown names, and for a recovery without a source."""
+    known = [kind for kind in KINDS if kind != "logit_mse"]
+    if effect not in known:
+        raise InputError(f"effect: {effect!r} is unknown; known: {', '.join(known)}")
+    if ablation not in ABLATIONS:
+        raise InputError(f"ablation: {ablation!r} is unknown; known: {', '.join(ABLATIONS)}")
+    if recovery and ablation != "resample":
+        raise InputError("recovery: is of ablation='resample', which has a source to come near to")
 
 
 def ablate(module: nn.Module, x: Any, sites: Sequence[str] = ("*",), **options: Any) -> PatchEffects:
@@ -213,6 +232,7 @@ class Passes:
     one: Trace
     values: dict[Value, Tensor]
     tile: int
+    looked = False
 
     def __init__(self, module: nn.Module, args: tuple, rows: int, readout: Readout | None):
         self.module, self.args, self.rows, self.readout = module, args, rows, readout
@@ -223,6 +243,7 @@ class Passes:
         start = dict(zip(one.inputs, self.tensors(slice(0, 1)), strict=True))
         self.values = one.everything().run(start, {*start, *(v for step in one.steps for v in step.makes)})
         device = self.values[one.output].device
+        self.looked = True
         self.tile = max(1, min(most_bytes(device) // self.bytes_of(self.values), LARGEST_TILE))
 
     def bytes_of(self, some: Iterable[Value]) -> int:
@@ -235,8 +256,23 @@ class Passes:
         return max(1, sum(storages.values()))
 
     def output(self, args: tuple) -> Tensor:
-        y = self.module(*args)
-        return y if self.readout is None else self.readout(y)
+        return read_out(self.module(*args), self.readout)
+
+    def check_repeatable(self, source: tuple | None) -> None:
+        """InputError where a rerun of the first row's operations gives other numbers than the module does, for its own
+        row or the source's."""
+        for name, given in (("", self.args), (" for x_source", source)):
+            args = taken(given or (), self.rows, slice(0, 1))
+            tensors = [a for a in args if isinstance(a, Tensor) and a.ndim]
+            if not given or [t.shape for t in tensors] != [t.shape for t in self.tensors(slice(0, 1))]:
+                continue
+            again = self.one.everything().run(dict(zip(self.one.inputs, tensors, strict=True)))[self.one.output]
+            plain = self.output(args)
+            if bool(torch.isfinite(plain).all()) and not same(again, plain):
+                raise InputError(
+                    f"module: gives other numbers{name} when {'it' if not name else 'what it executed'} runs again; it "
+                    "keeps state between calls, draws random numbers, or computes outside torch on values that it reads"
+                )
 
     def tensors(self, part: slice, repeats: int = 1) -> list[Tensor]:
         """The arguments that are traced, for some rows, each repeated."""
@@ -255,7 +291,9 @@ class Passes:
         # two selections of one site are one place
         made, y = trace(self.module, call, [args[n] for n in where], list(dict.fromkeys(sites)))
         if y.ndim < 2 or len(y) != len(args[where[0]]):
-            raise InputError(f"module: its output has shape {tuple(y.shape)}, expected (rows, ...)")
+            name = "module: its output has" if self.readout is None else "readout: gives"
+            expected = "(rows, ...) with more than the axis of rows"
+            raise InputError(f"{name} shape {tuple(y.shape)} for {len(args[where[0]])} rows, expected {expected}")
         return made
 
 
@@ -289,23 +327,23 @@ def targets_at(
 class Sources:
     """What units take, by site: activations of the samples that give, or ablations."""
 
-    def __init__(self, passes: Passes, args: Any, ablation: str, reference: Any, seed: int):
-        self.passes, self.args, self.ablation, self.reference, self.seed = passes, args, ablation, reference, seed
+    def __init__(self, module: nn.Module, args: Any, rows: int, ablation: str, reference: Any, seed: int):
+        self.module, self.args, self.rows, self.ablation, self.seed = module, args, rows, ablation, seed
+        self.reference = reference
         self._references: dict[str, Tensor] = {}
 
-    def of(self, targets: Sequence[Target], base: Sequence[Tensor], part: slice) -> list[Tensor]:
-        """For each target (B, ...), for the samples of `part`, whose base activations are given."""
-        names, passes = [t.site for t in targets], self.passes
+    def of(self, targets: Sequence[Target], base: Sequence[Tensor], part: slice, tile: int) -> list[Tensor]:
+        """For each target (B, ...), for the samples of `part`, whose base activations are given; `tile` rows a pass."""
+        names = [t.site for t in targets]
         if self.ablation != "resample":
             if self.reference is not None and not set(names) <= self._references.keys():
-                self._references |= run_with_cache(passes.module, self.reference, names)[1]
+                self._references |= run_with_cache(self.module, self.reference, names)[1]
             found = [self._references.get(name) for name in names]
             pairs = zip(base, found, strict=True)
             return [ablated(self.ablation, a, r, self.seed + part.start) for a, r in pairs]
-        if not set(names) <= self._references.keys():  # what can be wrong with a site is seen on one row
-            one = taken(self.args, passes.rows, slice(0, 1))
-            self._references |= run_with_cache(passes.module, one, names)[1]
-        given = site_values(passes.module, self.args, passes.rows, part, names, passes.tile)
+        if part.start == 0:  # what can be wrong with a site is seen on one row
+            run_with_cache(self.module, taken(self.args, self.rows, slice(0, 1)), names)
+        given = site_values(self.module, self.args, self.rows, part, names, tile)
         for name, a in zip(names, base, strict=True):
             if given[name].shape != a.shape:
                 shapes = f"{tuple(given[name].shape)} for x_source, {tuple(a.shape)} for x_base"
@@ -328,9 +366,11 @@ class Sweep:
     ):
         self.passes, self.targets, self.sources = passes, targets, sources
         self.effect, self.recovery = effect, recovery
+        if not passes.looked:
+            passes.look([t.site for t in targets])
         one, values = passes.one, passes.values
         self.elements = values[one.output].numel()
-        self.groups = self._partition(groups, values[one.output])
+        self.groups = self._partition(groups, values[one.output].device)
         self.kernels = kernels_behind(passes, targets, recovery)
         self.rest = [t for t in targets if t.selection not in self.kernels]
         self.flops = self.bytes = 0  # of what ran
@@ -349,32 +389,47 @@ class Sweep:
         self._traced: dict[int, Trace] = {}
 
     def run(self, replicates: int, seed: int, started: float) -> PatchEffects:
-        rows, weights = self.passes.rows, self._weights()
-        sums: list[Tensor] | None = None
-        for part in slices(rows, self.samples):
+        rows = self.passes.rows
+        kept = slice(None if replicates else 0)  # the jackknife's weights, of few samples, are there without replicates
+        sums = self.sums(lambda n, first: resampling_weights(replicates, n, seed, first, rows)[kept])
+        return self.result(sums, rows, self.plan(rows, time.perf_counter() - started))
+
+    def sums(self, weights: Weights) -> dict[str, Tensor]:
+        """Sums over the samples, float64; those of more samples add up, name by name.
+
+        effects (U, G); drawn (R, U), of the effect on the whole output, weighted, and weights (R,); with a recovery
+        also near (U,) and apart (), of the distances.
+        """
+        sums: dict[str, Tensor] = {}
+        for part in slices(self.passes.rows, self.samples):
             effects, *near = self._part(part)
             if not bool(torch.isfinite(effects).all()):
                 u = int((~torch.isfinite(effects)).any(2).any(0).nonzero()[0])
                 site, unit = self._labels()[u]
                 raise InputError(f"{site}: the output is NaN or infinite when unit {unit} is patched")
-            w = resampling_weights(replicates, len(effects), seed, part.start, rows).to(effects)
-            update = [effects.sum(0), w @ (effects @ weights.to(effects)), w.sum(1), *(d.sum(0) for d in near)]
-            sums = update if sums is None else [a + b for a, b in zip(sums, update, strict=True)]
-        assert sums is not None
-        some = sums[2] > 0  # all weights are zero once in e^N replicates
+            w = weights(len(effects), part.start).to(effects)
+            drawn = w @ (effects @ self._weights().to(effects))
+            update = {"effects": effects.sum(0), "drawn": drawn, "weights": w.sum(1)}
+            update |= dict(zip(("near", "apart"), (d.sum(0) for d in near), strict=False))
+            sums = {name: sums[name] + value for name, value in update.items()} if sums else update
+        return sums
+
+    def result(self, sums: dict[str, Tensor], samples: int, plan: str) -> PatchEffects:
+        """The means, once every sample was added."""
+        some = sums["weights"] > 0  # all weights are zero once in e^N replicates
         labels = self._labels()
         return PatchEffects(
-            (sums[0] / rows).to(torch.float32),
+            (sums["effects"] / samples).to(torch.float32),
             tuple(site for site, _ in labels),
             tuple(unit for _, unit in labels),
             self.groups.names,
             self.effect,
             self.sources.ablation,
-            rows,
-            weights,
-            recovery=1 - sums[3] / sums[4] if self.recovery else None,
-            replicates=(sums[1][some] / sums[2][some, None]).cpu() if replicates else None,
-            plan=self._plan(len(labels) * rows, time.perf_counter() - started),
+            samples,
+            self._weights(),
+            recovery=1 - sums["near"] / sums["apart"] if self.recovery else None,
+            replicates=(sums["drawn"][some] / sums["weights"][some, None]).cpu() if len(some) else None,
+            plan=plan,
         )
 
     def _part(self, part: slice) -> list[Tensor]:
@@ -397,7 +452,7 @@ class Sweep:
         targets = [t for t in self.targets if t.selection in self.kernels]
         names = [t.site for t in targets]
         values = site_values(passes.module, passes.args, passes.rows, part, names, passes.tile)
-        sources = self.sources.of(targets, [values[name] for name in names], part)
+        sources = self.sources.of(targets, [values[name] for name in names], part, passes.tile)
         found, everything = {}, whole(self.elements)
         for t, source in zip(targets, sources, strict=True):
             kernel, base = self.kernels[t.selection], values[t.site]
@@ -415,7 +470,7 @@ class Sweep:
             self._traced[size] = passes.trace(part, repeats, [t.site for t in self.rest])
         now = self._traced[size]
         starts = [t.value(now) for t in self.rest]
-        programs = [now.downstream([v]) for v in starts]
+        programs = [now.between([v], now.output) for v in starts]
         keep = {v for program in programs for v in program.needs} | set(starts)
         inputs = dict(zip(now.inputs, passes.tensors(part, repeats), strict=True))
         values = now.everything().run(inputs, keep)
@@ -424,7 +479,7 @@ class Sweep:
         if self.recovery:
             given = passes.output(taken(self.sources.args, passes.rows, part)).flatten(1)
             apart = effect_reduction(given, base[::repeats][:, None], self.effect, groups=whole(self.elements))[:, 0, 0]
-        sources = self.sources.of(self.rest, [values[v][::repeats] for v in starts], part)
+        sources = self.sources.of(self.rest, [values[v][::repeats] for v in starts], part, passes.tile)
         found = []
         for target, program, start, source in zip(self.rest, programs, starts, sources, strict=True):
             e, d = self._generic(program, values, start, source, target, base, given)
@@ -438,15 +493,15 @@ class Sweep:
         sizes = self.groups.sizes.double()
         return torch.full_like(sizes, 1 / len(sizes)) if self.effect == "tv" else sizes / sizes.sum()
 
-    def _partition(self, groups: Groups | None, row: Tensor) -> Groups:
-        groups = (whole(self.elements) if groups is None else groups).to(row.device)
+    def _partition(self, groups: Groups | None, device: torch.device) -> Groups:
+        groups = (whole(self.elements) if groups is None else groups).to(device)
         if groups.labels.numel() != self.elements:
             raise InputError(f"groups: partition {groups.labels.numel()} elements, but the output has {self.elements}")
         return groups
 
     def _made_behind(self, target: Target) -> set[Value]:
         one = self.passes.one
-        made = set().union(*(one.steps[n].makes for n in one.downstream([target.value(one)]).chosen))
+        made = set().union(*(one.steps[n].makes for n in one.between([target.value(one)], one.output).chosen))
         return made & self.passes.values.keys()
 
     def _generic(
@@ -481,8 +536,9 @@ class Sweep:
                 distances[:, chunk] = d[:, :n, 0].to(dtype)
         return effects, distances
 
-    def _plan(self, patched: int, seconds: float) -> str:
-        passes = self.passes
+    def plan(self, samples: int, seconds: float) -> str:
+        """What was done with so many samples, for people."""
+        passes, patched = self.passes, len(self._labels()) * samples
         flops = patched * sum(passes.one.flops)
         held = patched * passes.bytes_of(v for step in passes.one.steps for v in step.makes)
         behind = dict.fromkeys(t.site for t in self.targets if t.selection in self.kernels)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from ..errors import InputError
 from .engine import channels_last, refuse_train_mode
@@ -23,17 +26,24 @@ class Cache(dict[str, Tensor]):
 
 @contextlib.contextmanager
 def quiet(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within, the module is in eval mode without gradients, its parameters as a CPU's convolutions like them; all of it
-    restored."""
+    """Within, the module is in eval mode without gradients, its parameters as a CPU's convolutions like them, and what
+    torch.compile made of it runs as it was written; all of it restored."""
     was_training = [m for m in module.modules() if m.training]
     try:
         module.eval()
         refuse_train_mode(module)
-        with torch.no_grad(), channels_last(module, device):
+        with torch.no_grad(), channels_last(module, device), as_written():
             yield
     finally:
         for m in was_training:
             m.training = True
+
+
+def as_written() -> contextlib.AbstractContextManager:
+    """Within, nothing is compiled and nothing compiled runs: it would ignore hooks, or be compiled again for each."""
+    if "torch._dynamo" not in sys.modules:  # which takes seconds to import, and nobody has
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def inputs_of(x: Any) -> tuple[tuple[Any, ...], int]:
@@ -59,6 +69,22 @@ def taken(args: tuple[Any, ...], rows: int, part: slice, repeats: int = 1) -> tu
         return a
 
     return tuple(map(of, args))
+
+
+def read_out(y: Any, readout: Readout | None) -> Any:
+    """What of a module's output is compared: readout's choice, or the only tensor that a mapping, sequence or dataclass
+    holds. InputError where there are several."""
+    if readout is not None:
+        return readout(y)
+    if isinstance(y, Tensor):
+        return y
+    parts = y.values() if isinstance(y, Mapping) else vars(y).values() if is_dataclass(y) else y
+    found = [t for t in tree_iter(list(parts) if isinstance(parts, Iterable) else parts) if isinstance(t, Tensor)]
+    if len(found) != 1:
+        raise InputError(
+            f"module: its output is {type(y).__name__}; readout= must choose one of the {len(found)} tensors in it"
+        )
+    return found[0]
 
 
 def run_with_cache(module: nn.Module, x: Any, sites: Sequence[str] = ("*",)) -> tuple[Any, Cache]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,22 +11,28 @@ from torch import Tensor, nn
 from ..errors import InputError
 from . import patching
 from .attribution import Attribution, attribute
+from .circuits import Circuit, Motifs
+from .discovery import discover, motifs
 from .edges import DirectEdges, direct_edges
 from .mediation import Mediation, mediate
 from .patch_sweeps import PatchEffects, ablate, patch_sweep
 from .patching import Cache
 from .paths import PathEffects, path_patch
 from .selection import matching_sites
+from .streams import patch_sweep_over
 
 if TYPE_CHECKING:
     import pandas
 
 
 def wrap(module: nn.Module, example: Any = None) -> Wrapped:
-    """A view of any module by its sites. `example`: an input to trace shapes with; our models bring their own."""
+    """A view of any module by its sites. `example`: an input to trace shapes with; our models bring their own.
+
+    Of a compiled module the sites are those of the module that was compiled, which runs as it was written.
+    """
     if not isinstance(module, nn.Module):
         raise InputError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    return Wrapped(module, example)
+    return Wrapped(getattr(module, "_orig_mod", module), example)
 
 
 class Wrapped:
@@ -77,6 +83,10 @@ class Wrapped:
         """The effect of patching every unit of every site by itself; see `interventions.patch_sweep`."""
         return patch_sweep(self.module, x_base, x_source, sites, **options)
 
+    def patch_sweep_over(self, pairs: Iterable[Any], sites: Sequence[str] = ("*",), **options: Any) -> PatchEffects:
+        """`patch_sweep` over batches of any data set, resumable; see `interventions.patch_sweep_over`."""
+        return patch_sweep_over(self.module, pairs, sites, **options)
+
     def ablate(self, x: Any, sites: Sequence[str] = ("*",), **options: Any) -> PatchEffects:
         """The effect of ablating every unit of every site by itself; see `interventions.ablate`."""
         return ablate(self.module, x, sites, **options)
@@ -98,6 +108,14 @@ class Wrapped:
     def direct_edges(self, x_base: Any, x_source: Any, parent: str, child: str, **options: Any) -> DirectEdges:
         """Direct effects of every unit of a layer on every unit of the next; see `interventions.direct_edges`."""
         return direct_edges(self.module, x_base, x_source, parent, child, **options)
+
+    def discover(self, x_base: Any, x_source: Any, target: Any = None, **options: Any) -> Circuit:
+        """The few units whose joint patch recovers the change from x_base to x_source; see `interventions.discover`."""
+        return discover(self.module, x_base, x_source, target, **options)
+
+    def motifs(self, x_base: Any, variants: Mapping[str, Any], target: Any = None, **options: Any) -> Motifs:
+        """The circuit of each factor; see `interventions.motifs`."""
+        return motifs(self.module, x_base, variants, target, **options)
 
     def _trace(self, example: Any) -> dict[str, tuple[tuple[int, ...] | None, int]]:
         """Shape and downstream FLOPs of each site that a forward pass on the example reaches, in order of execution."""
@@ -122,7 +140,7 @@ class Wrapped:
         was_training = [m for m in self.module.modules() if m.training]
         try:
             self.module.eval()
-            with torch.no_grad(), counter:
+            with torch.no_grad(), patching.as_written(), counter:
                 self.module(*example if isinstance(example, tuple) else (example,))
         finally:
             for handle in handles:

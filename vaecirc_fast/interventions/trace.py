@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from ..errors import InputError
+
+REPRODUCES = 1024  # epsilons of the largest output: a program runs what the module runs, at the same shapes
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,24 @@ class Program:
         return {value: current[value] for value in wanted if value in current}
 
 
+def laid_out(new: Tensor, like: Tensor) -> Tensor:
+    """`new` (of any shape, as many elements) in the shape and the memory layout of `like`: the views that a pass took
+    of one fit the other."""
+    new = new.view(like.shape)
+    return new if new.stride() == like.stride() else torch.empty_like(like, dtype=new.dtype).copy_(new)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two results of the same computation agree up to the rounding of another order of additions."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    a, b, eps = a.double(), b.double(), torch.finfo(a.dtype).eps
+    apart = (a - b).abs()
+    return bool((apart <= min(REPRODUCES * eps, 1 / 16) * b.abs().amax()).all()) or torch.equal(a, b)
+
+
 def _is_value(x: Any) -> bool:
     return isinstance(x, Value)
 
@@ -181,7 +202,7 @@ def trace(
     views, buffers that the pass changes.
     """
     modules = dict(module.named_modules())
-    recorder = _Recorder(args)
+    recorder = _Recorder(args, {id(m): name for name, m in modules.items()})
     sites = list(sites)
     copied = {name.removesuffix(".input") for name in sites if name not in modules}
     names = dict.fromkeys(name if name in modules else name.removesuffix(".input") for name in sites)
@@ -193,7 +214,7 @@ def trace(
         stack.enter_context(recorder)
         output = call(*args)
     if recorder.refusal:
-        raise InputError(f"module: {recorder.refusal}")
+        raise InputError(recorder.refusal)
     if not isinstance(output, Tensor):
         raise InputError(f"module: its output is {type(output).__name__}; readout= must choose a tensor of it")
     value = recorder.value_of(output)
@@ -208,8 +229,9 @@ def trace(
 class _Recorder(TorchDispatchMode):
     """Notes every operation on tensors that come from the inputs."""
 
-    def __init__(self, inputs: Sequence[Tensor]):
+    def __init__(self, inputs: Sequence[Tensor], names: Mapping[int, str]):
         super().__init__()
+        self._names = names  # of modules, by id
         self.steps: list[Step] = []
         self.flops: list[int] = []
         self.places: dict[str, Place] = {}
@@ -265,10 +287,12 @@ class _Recorder(TorchDispatchMode):
                 return out
         given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
         tracked = any(id(t) in self._values for t in given)
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if _draws(func, args, kwargs):
             self._refuse(f"{func} draws random numbers; call eval(), or fix what is drawn")
         if tracked and torch.Tag.data_dependent_output in func.tags:
             self._refuse(f"{func} makes a decision or a shape depend on values")
+        if tracked and func is torch.ops.aten.as_strided.default:
+            self._refuse(f"{func} reads memory whatever lies in it; use view, expand or unfold")
         if not tracked:
             return func(*args, **kwargs)
 
@@ -306,7 +330,26 @@ class _Recorder(TorchDispatchMode):
         return positions
 
     def _refuse(self, why: str) -> None:
-        self.refusal = self.refusal or why
+        """Keeps the first reason, with the innermost module that is running."""
+        if self.refusal:
+            return
+        frame = sys._getframe(1)
+        while frame is not None:
+            running = frame.f_locals.get("self")
+            if isinstance(running, nn.Module) and (name := self._names.get(id(running))) is not None:
+                self.refusal = f"module: in {name or 'it'} ({type(running).__name__}), {why}"
+                return
+            frame = frame.f_back
+        self.refusal = f"module: {why}"
+
+
+def _draws(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the operation draws random numbers: attention, say, only does with dropout."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    given = {a.name: a.default_value for a in func._schema.arguments}
+    given |= dict(zip(given, args, strict=False)) | dict(kwargs)
+    return given.get("dropout_p") != 0 and not any(given.get(name) is False for name in ("train", "training"))
 
 
 def _flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int:

@@ -2,8 +2,16 @@
 
 from . import statistics
 from .activity import active_units, posterior_scale_from
+from .battery import battery
 from .causal import ces, model_ces, model_specificity, specificity
+from .effect_matrix import EffectDisentanglement, effect_disentanglement
+from .encoded import Encoded, encode_grid
+from .explicitness import Explicitness, explicitness
+from .factor_vae import BetaVaeScore, FactorVaeScore, beta_vae_score, factor_vae_score
+from .gaussian import gaussian_total_correlation, wasserstein_correlation
 from .graph import CircuitGraph, CircuitModularity, circuit_graph, circuit_modularity
+from .information import Modularity, mean_pairwise_mi, modularity
+from .irs import Irs, irs
 from .mig import Mig, mig
 from .reconstruction import (
     ReconstructionReport,
@@ -12,30 +20,53 @@ from .reconstruction import (
     reconstruction_loss,
     reconstruction_report,
 )
+from .score import Score
 from .statistics import Estimate
+from .udr import Udr, udr
 from .units import assignment, isolation, polysemanticity
 
 __all__ = [
+    "BetaVaeScore",
     "CircuitGraph",
     "CircuitModularity",
+    "EffectDisentanglement",
+    "Encoded",
     "Estimate",
+    "Explicitness",
+    "FactorVaeScore",
+    "Irs",
     "Mig",
+    "Modularity",
     "ReconstructionReport",
+    "Score",
+    "Udr",
     "active_units",
     "assignment",
+    "battery",
+    "beta_vae_score",
     "ces",
     "circuit_graph",
     "circuit_modularity",
+    "effect_disentanglement",
+    "encode_grid",
+    "explicitness",
+    "factor_vae_score",
+    "gaussian_total_correlation",
+    "irs",
     "isolation",
     "loss_floor",
     "mean_image_loss",
+    "mean_pairwise_mi",
     "mig",
     "model_ces",
     "model_specificity",
+    "modularity",
     "polysemanticity",
     "posterior_scale_from",
     "reconstruction_loss",
     "reconstruction_report",
     "specificity",
     "statistics",
+    "udr",
+    "wasserstein_correlation",
 ]

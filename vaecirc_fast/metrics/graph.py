@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._files import write_text, write_with
 from ..errors import InputError, MissingExtra
+from .louvain import louvain_of_many, newman_q
 
 if TYPE_CHECKING:
     import networkx
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 NULLS = 50  # the fewest
 PARTITIONS = 20
+AT_ONCE = 1 << 17  # numbers of a step of all partitions that are computed together: about a cache's worth
 FORMAT = "vaecirc circuit graph 1"
 
 
@@ -228,78 +230,35 @@ def circuit_modularity(
     for name, value, least in (("nulls", nulls, NULLS), ("partitions", partitions, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{name}: expected a whole number >= {least}, got {value!r}")
-    q, labels = _best(graph, partitions, (seed, 0))
-    null_q = []
-    for n in range(1, nulls + 1):
-        rng = np.random.default_rng((seed, n))
-        permuted = {
-            pair: torch.from_numpy(rng.permutation(w.numpy().ravel()).reshape(w.shape))
-            for pair, w in graph.weights.items()
-        }
-        null_q.append(_best(CircuitGraph(graph.layers, permuted), partitions, (seed, n))[0])
-    return CircuitModularity(graph, q, np.array(null_q), _by_size(labels))
+    graphs = [graph, *(_null(graph, np.random.default_rng((seed, n))) for n in range(1, nulls + 1))]
+    width = max(1, AT_ONCE // (partitions * len(graph.nodes)))
+    best: list[tuple[float, np.ndarray]] = []
+    for first in range(0, len(graphs), width):
+        best += _best(graphs[first : first + width], partitions, seed, first)
+    (q, labels), *others = best
+    return CircuitModularity(graph, q, np.array([null_q for null_q, _ in others]), _by_size(labels))
 
 
-def newman_q(A: np.ndarray, labels: np.ndarray) -> float:
-    """Newman's Q of a partition of a symmetric graph: sum over communities of L_c / L - (d_c / 2 L)^2."""
-    total = A.sum()
-    if total == 0:
-        return 0.0
-    degrees = np.bincount(labels, A.sum(1))
-    inside = A[labels[:, None] == labels].sum()
-    return float(inside / total - (degrees / total) @ (degrees / total))
+def _null(graph: CircuitGraph, rng: np.random.Generator) -> CircuitGraph:
+    """The graph with its weights permuted within each pair of layers."""
+    permuted = {
+        pair: torch.from_numpy(rng.permutation(w.numpy().ravel()).reshape(w.shape)) for pair, w in graph.weights.items()
+    }
+    return CircuitGraph(graph.layers, permuted)
 
 
-def _best(graph: CircuitGraph, partitions: int, seed: tuple[int, ...]) -> tuple[float, np.ndarray]:
-    A = graph.adjacency()
-    A = A + A.T
-    best, labels = 0.0, np.zeros(len(A), dtype=np.int64)
-    for n in range(partitions):
-        found = louvain(A, np.random.default_rng((*seed, n)))
-        q = newman_q(A, found)
-        if q > best + 1e-12:
-            best, labels = q, found
-    return best, labels
-
-
-def louvain(A: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(n,) communities of a symmetric graph by the Louvain method, nodes in random order; A: (n, n) >= 0.
-
-    On a matrix and not on dictionaries: these graphs are dense, and 1,020 partitions are wanted.
-    """
-    labels, total = np.arange(len(A)), A.sum()
-    while True:
-        moved = _moved(A, total, rng)
-        kept, moved = np.unique(moved, return_inverse=True)
-        labels = moved[labels]
-        if len(kept) == len(A):
-            return labels
-        member = np.zeros((len(A), len(kept)))
-        member[np.arange(len(A)), moved] = 1
-        A = member.T @ A @ member
-
-
-def _moved(A: np.ndarray, total: float, rng: np.random.Generator) -> np.ndarray:
-    """Each node in turn joins the community that gains Q most, until none does."""
-    n, degree, own = len(A), A.sum(1), A.diagonal()
-    community, degrees = np.arange(n), degree.copy()
-    share = degree / total
-    changed = True
-    while changed:
-        changed = False
-        for i in rng.permutation(n):
-            before = community[i]
-            degrees[before] -= degree[i]
-            links = np.bincount(community, A[i], minlength=n)
-            links[before] -= own[i]
-            links -= share[i] * degrees
-            after = links.argmax()
-            if links[after] > links[before] + 1e-12 * total:
-                community[i], changed = after, True
-            else:
-                after = before
-            degrees[after] += degree[i]
-    return community
+def _best(graphs: Sequence[CircuitGraph], partitions: int, seed: int, first: int) -> list[tuple[float, np.ndarray]]:
+    """Of each graph, Q and labels of the best of its partitions or of one community; `first`: number of the first."""
+    A = np.stack([graph.adjacency() for graph in graphs])
+    A = A + A.transpose(0, 2, 1)
+    numbers = [(g, n) for g in range(len(graphs)) for n in range(partitions)]
+    rngs = [np.random.default_rng((seed, first + g, n)) for g, n in numbers]
+    best = [(0.0, np.zeros(A.shape[1], dtype=np.int64)) for _ in graphs]
+    for (g, _), found in zip(numbers, louvain_of_many(A, [g for g, _ in numbers], rngs), strict=True):
+        q = newman_q(A[g], found)
+        if q > best[g][0] + 1e-12:
+            best[g] = q, found
+    return best
 
 
 def _by_size(labels: np.ndarray) -> np.ndarray:

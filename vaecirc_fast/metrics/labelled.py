@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..errors import InputError
 
+_TABLE = 1 << 16  # the widest range of factor ids that is ranked by a table
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -25,26 +27,41 @@ class Labelled:
     dropped: tuple[str, ...]
 
 
-def labelled(codes: Any, factors: Any, factor_names: Sequence[str] | None = None) -> Labelled:
+def labelled(codes: Any, factors: Any = None, factor_names: Sequence[str] | None = None) -> Labelled:
     """`codes` (N, L) numbers and `factors` (N, K) integers, any ids, tensors or arrays.
 
+    A `Labelled` in the place of `codes` is given back as it is: the battery checks its grid once.
     Raises InputError on wrong shapes, unequal N, no samples, NaN or infinite codes, factors that are not integers,
     names that do not fit, or no factor that varies.
     """
+    if isinstance(codes, Labelled):
+        return codes
     numbers = checked_codes(codes)
     ids = _checked_factors(factors, len(numbers))
     names = _checked_names(factor_names, ids.shape[1])
-    levels = [np.unique(column, return_inverse=True) for column in ids.T]
-    kept = [k for k, (values, _) in enumerate(levels) if len(values) > 1]
+    levels = [_levels(column) for column in ids.T]
+    kept = [k for k, (size, _) in enumerate(levels) if size > 1]
     if not kept:
         raise InputError(f"factors: expected at least one that varies, got one value each of {', '.join(names)}")
     return Labelled(
         numbers,
-        np.stack([levels[k][1].reshape(-1) for k in kept], 1).astype(np.int64),
-        tuple(len(levels[k][0]) for k in kept),
+        np.stack([levels[k][1] for k in kept], 1),
+        tuple(levels[k][0] for k in kept),
         tuple(names[k] for k in kept),
         tuple(name for k, name in enumerate(names) if k not in kept),
     )
+
+
+def _levels(column: np.ndarray) -> tuple[int, np.ndarray]:
+    """How many values a column (N,) has, and each value's rank among them, int64."""
+    low, high = int(column.min()), int(column.max())
+    if high - low > _TABLE:
+        values, ranks = np.unique(column, return_inverse=True)
+        return len(values), ranks.reshape(-1).astype(np.int64)
+    # a table by value and not a sort: a whole grid of images is ranked at once
+    places = (column.astype(object) - low).astype(np.int64) if high >= 1 << 63 else column.astype(np.int64) - low
+    ranks = np.cumsum(np.bincount(places, minlength=high - low + 1) > 0) - 1
+    return int(ranks[-1]) + 1, ranks[places]
 
 
 def checked_codes(codes: Any) -> np.ndarray:

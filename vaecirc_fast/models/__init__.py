@@ -35,8 +35,8 @@ def build(
 ) -> VAE:
     """A new model for images of `shape` (C, H, W) with `latents` latents, float32 on the CPU.
 
-    `net`: "conv" or "mlp"; `likelihood`: "bernoulli" or "gaussian"; `options` are those of the class: `width` of all,
-    `beta` of "beta_vae". InputError for an unknown name or option, naming the known ones.
+    `net`: "conv" or "mlp"; `likelihood`: "bernoulli" or "gaussian"; `options` are those of the class: `width`,
+    `trials` and `sigma` of all, `beta` of "beta_vae". InputError for an unknown name or option, naming the known ones.
     """
     if name not in _MODELS:
         raise InputError(f"name: unknown model {name!r}; known are {', '.join(_MODELS)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,10 +29,11 @@ class BetaVAE(VAE):
         likelihood: str = "bernoulli",
         width: float = 1.0,
         trials: int = 1,
+        sigma: float | Sequence[float] | None = None,
     ):
         if not positive(beta):
             raise InputError(f"beta: expected a positive number, got {beta!r}")
-        super().__init__(shape, latents, net=net, likelihood=likelihood, width=width, trials=trials)
+        super().__init__(shape, latents, net=net, likelihood=likelihood, width=width, trials=trials, sigma=sigma)
         self.beta = beta
 
     def config(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ class VAE(nn.Module):
 
     `shape` (C, H, W); `latents` L >= 1; `net` "conv" (sides of 8 and more) or "mlp"; `likelihood` "bernoulli" (x in
     [0, 1]) or "gaussian" (unit variance); `width` multiplies every hidden size; `trials`: a Bernoulli pixel x stands
-    for that many binary ones, a share x of which is on (see `Dataset.trials`). Parameters start from torch's default
+    for that many binary ones, a share x of which is on (see `Dataset.trials`); `sigma`: a constant sd of the posterior
+    q(z|x), one for all latents or one for each, in place of the encoder's. Parameters start from torch's default
     initialisation and the global random state: call `torch.manual_seed` first for a model that can be made again.
     """
 
@@ -35,6 +37,7 @@ class VAE(nn.Module):
         likelihood: str = "bernoulli",
         width: float = 1.0,
         trials: int = 1,
+        sigma: float | Sequence[float] | None = None,
     ):
         super().__init__()
         self.shape = _checked_shape(shape, net)
@@ -56,6 +59,10 @@ class VAE(nn.Module):
         encoder, decoder = NETS[net]
         self.encoder = encoder(self.shape, latents, width)
         self.decoder = decoder(self.shape, latents, likelihood, width)
+        self.sigma = _checked_sigma(sigma, latents)
+        if self.sigma is not None:
+            self.constant_logvar: Tensor
+            self.register_buffer("constant_logvar", 2 * torch.tensor(self.sigma).log())
 
     def config(self) -> dict[str, Any]:
         """What `models.build(**config)` needs to make this architecture again; plain JSON values."""
@@ -67,12 +74,15 @@ class VAE(nn.Module):
             "likelihood": self.likelihood,
             "width": self.width,
             "trials": self.trials,
+            **({} if self.sigma is None else {"sigma": list(self.sigma)}),
         }
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x): x (B, C, H, W) -> (B, L), (B, L), float32 also under autocast."""
         self.check_images(x)
         mu, logvar = self.encoder(x)
+        if self.sigma is not None:
+            logvar = self.constant_logvar.expand_as(mu)
         return at_least_float32(mu), at_least_float32(logvar)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -140,6 +150,15 @@ def sample_posterior(mu: Tensor, logvar: Tensor, generator: torch.Generator | No
 def positive(value: Any) -> bool:
     """Whether `value` is a finite number above zero."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _checked_sigma(sigma: Any, latents: int) -> tuple[float, ...] | None:
+    if sigma is None:
+        return None
+    sigmas = tuple(sigma) if isinstance(sigma, list | tuple) else (sigma,) * latents
+    if len(sigmas) != latents or not all(positive(s) for s in sigmas):
+        raise InputError(f"sigma: expected a positive number, or one for each of {latents} latents, got {sigma!r}")
+    return tuple(float(s) for s in sigmas)
 
 
 def _checked_shape(shape: Any, net: str) -> tuple[int, int, int]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from markupsafe import Markup
 
 from .._files import write_text
-from . import figures, inputs
+from . import circuits, figures, inputs
 from .abstract import abstract, sizes
 from .aggregate import Group, definitions, groups
+from .circuits import MediationTable
 from .figures import Figure
 from .results import Study, read
 from .tables import ROWS, LatentTable, Places, latent_table, machines, main_blocks, run_rows, settings, sweep_plans
@@ -68,6 +69,7 @@ def render(study: Study) -> str:
         inputs=inputs.blocks(inputs.measured(found)),
         sections=detail.sections,
         latents=detail.tables,
+        mediation=detail.mediation,
         plans=sweep_plans(found[:DETAILED]),
         single=any(len(group.trained) == 1 for group in found),
         yardsticks=[
@@ -99,6 +101,7 @@ class Detail:
 
     sections: dict[str, list[tuple[int, Figure]]]
     tables: list[LatentTable]
+    mediation: list[MediationTable]
     notes: list[str]
 
 
@@ -124,7 +127,13 @@ def _detail(found: Sequence[Group], metrics: Mapping[str, tuple[str, str]]) -> D
         if size < LIMIT / 2:
             tables.append(table)
 
-    names = ("results", "training", "pictures", "inputs", "effects")
+    mediation = []
+    for table in circuits.mediation_tables(circuits.measured(chosen)):
+        size += 1_200 * sum(len(block.rows) for block in table.blocks)
+        if size < LIMIT / 2:
+            mediation.append(table)
+
+    names = ("results", "training", "pictures", "inputs", "effects", "circuits")
     sections: dict[str, list[tuple[int, Figure]]] = {name: [] for name in names}
     left_out = []
     for section, figure in _figures(by_data, chosen, metrics):
@@ -134,10 +143,11 @@ def _detail(found: Sequence[Group], metrics: Mapping[str, tuple[str, str]]) -> D
             continue
         size += weight
         sections[section].append((1 + sum(map(len, sections.values())), figure))
-    if left_out or len(tables) < len(chosen):
-        what = [*left_out, *["tables of latents"] * (len(tables) < len(chosen))]
-        notes.append(f"Left out to keep this page below 3 MB: {listed(what)}. The runs' directories hold the data.")
-    return Detail(sections, tables, notes)
+    left_out += ["tables of latents"] * (len(tables) < len(chosen))
+    left_out += ["tables of mediation"] * (len(mediation) < len(circuits.measured(chosen)))
+    if left_out:
+        notes.append(f"Left out to keep this page below 3 MB: {listed(left_out)}. The runs' directories hold the data.")
+    return Detail(sections, tables, mediation, notes)
 
 
 def _figures(
@@ -156,6 +166,11 @@ def _figures(
     for make in (figures.strengths, figures.step_curves, figures.effect_maps):
         for data, members in by_data.items():
             yield "effects", make(data, members)
+
+    for make in (circuits.patching, circuits.mediators, circuits.graph):
+        for data, members in by_data.items():
+            if having := circuits.measured(members):
+                yield "circuits", make(data, having)
 
 
 def _letters() -> Iterator[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from .svg import picture, png, sequential_palette, tag, text
+from .svg import line, picture, png, sequential_palette, tag, text
 
 PALETTE = sequential_palette()
 WIDTH = 440.0
@@ -117,13 +118,44 @@ def matrix(
             value = values[r, c]
             cls = "tick light" if shades[r, c] > 165 else "tick dark"
             places = 2 if value < 9.995 else 1
-            words = f"{value:.{places}f}" if np.isfinite(value) else "–"
+            words = f"{value:.{places}f}".replace("-", "−") if np.isfinite(value) else "–"
             parts.append(text(left + (c + 0.5) * width, y, words, "middle", cls))
     return picture("".join(parts), WIDTH, head + count * height + 2, what)
 
 
-def shade_bar(top: float, ticks: Sequence[float], labels: Sequence[str], unit: str) -> str:
-    """The colour bar of `maps`, 0 to `top`, with its unit."""
+@dataclass(frozen=True)
+class Strip:
+    """A matrix (rows, units) without numbers, its heading and a remark at the heading's end."""
+
+    heading: str
+    values: np.ndarray
+    remark: str = ""
+
+
+def strips(drawn: Sequence[Strip], rows: Sequence[str], top: float, what: str) -> str:
+    """Matrices of shades from white, 0, to dark blue, `top`, by the square root, one below the other and equally wide;
+    NaN is white."""
+    left, height, head = LABELS + 8, 13.0, 19.0
+    parts, y = [], 0.0
+    for strip in drawn:
+        shades = (np.clip(np.nan_to_num(strip.values) / top, 0, 1) ** 0.5 * 255).round().astype(np.uint8)
+        parts.append(text(left, y + 13, strip.heading, cls="heading"))
+        parts.append(text(WIDTH, y + 13, strip.remark, "end", "tick"))
+        y += head
+        box = {"x": left, "y": y, "width": WIDTH - left, "height": height * len(rows)}
+        address = png(enlarged(shades, 64), PALETTE)
+        parts.append(tag("image", href=address, preserveAspectRatio="none", cls="pixels", **box))
+        for r, name in enumerate(rows):
+            parts.append(text(left - 8, y + height * (r + 0.5) + 3.6, name, "end", "tick"))
+            if r:
+                parts.append(line(left, y + height * r, WIDTH, y + height * r, "grid"))
+        parts.append(tag("rect", cls="frame", **box))
+        y += height * len(rows) + 7
+    return picture("".join(parts), WIDTH, y, what)
+
+
+def shade_bar(top: float, ticks: Sequence[float], labels: Sequence[str], unit: str, root: bool = False) -> str:
+    """The colour bar of `maps`, 0 to `top`, with its unit; `root`: by the square root, as of `strips`."""
     left, width = 8.0, 240.0
     ramp = np.arange(256, dtype=np.uint8)[None]
     parts = [
@@ -132,7 +164,7 @@ def shade_bar(top: float, ticks: Sequence[float], labels: Sequence[str], unit: s
         tag("rect", x=left, y=18.0, width=width, height=11.0, cls="frame"),
     ]
     for tick, label in zip(ticks, labels, strict=True):
-        x = left + width * tick / top
+        x = left + width * (tick / top) ** (0.5 if root else 1)
         parts.append(tag("line", x1=x, y1=29.0, x2=x, y2=32.0, cls="axis"))
         parts.append(text(x, 43, label, "middle", "tick"))
     return picture("".join(parts), 320, 48, f"Colour scale from 0 to {labels[-1] if labels else top}: {unit}")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GRIDS = ("fixed", "posterior", "resample")
+_TERMS = ("nde_pure", "nde_total", "nie_pure", "nie_total", "interaction")
 PICTURES = ("inputs", "reconstructions", "traversals")
 
 
@@ -45,6 +46,13 @@ class Run:
         """The sweep on one grid, or None where its file is noted as missing or damaged."""
         name = f"effects-{grid}.safetensors"
         return None if name in self.unreadable else Effects.load(self.path / name)
+
+    def circuits(self) -> dict[str, Tensor] | None:
+        """Effects of patching and weights of graphs by name, or None where there is no file, or a damaged one."""
+        name = "circuits.safetensors"
+        if "circuits" not in self.result or name in self.unreadable:
+            return None
+        return _load_circuits(self.path / name, self.result["circuits"])
 
     def pictures(self) -> dict[str, Tensor] | None:
         """Images (n, C, H, W) uint8 by name, or None where the file is noted as missing or damaged."""
@@ -113,6 +121,9 @@ def _checked_run(path: Path, result: dict[str, Any]) -> Run:
         problems[name] = _problem(lambda file: _check_effects(Effects.load(file), result), path / name)
     name = "pictures.safetensors"
     problems[name] = _problem(lambda file: _load_pictures(file, len(result["latents"])), path / name)
+    if "circuits" in result:
+        name = "circuits.safetensors"
+        problems[name] = _problem(lambda file: _load_circuits(file, result["circuits"]), path / name)
     problems = {name: why for name, why in problems.items() if why}
     notes = tuple(f"{name} {why}: what is drawn from it is left out." for name, why in problems.items())
     return Run(path, result, notes, frozenset(problems))
@@ -139,10 +150,50 @@ def _check(result: dict[str, Any]) -> None:
             entry["value"]
         if len(inputs["latents"]["effect"]) != len(inputs["variants"]) or not inputs["variants"]:
             raise ValueError("the effects of inputs are not a row a variant")
+    if "circuits" in result:  # from the fourth protocol on
+        _check_circuits(result["circuits"])
     rows = [(row, ("latent", "active")) for row in result["latents"]] + [(row, ("step",)) for row in result["history"]]
     for row, keys in rows:
         for key in keys:
             row[key]
+
+
+def _check_circuits(circuits: dict[str, Any]) -> None:
+    if not circuits["variants"] or not circuits["sites"] or not isinstance(circuits["pairs"], int):
+        raise ValueError("its circuits are empty")
+    for change in circuits["change"]:
+        change["value"]
+    if len(circuits["change"]) != len(circuits["variants"]) or len(circuits["mediation"]) != len(circuits["variants"]):
+        raise ValueError("its circuits are not a row a variant")
+    for entry in circuits["mediation"]:
+        cells = [entry["te"], *(row[term] for row in entry["rows"] for term in (*_TERMS, "share"))]
+        for cell in cells:
+            for key in ("value", "low", "high"):
+                cell[key]
+        for row in entry["rows"]:
+            row["site"], row["unit"]
+    for graph in (circuits["graph"], circuits["control"]):
+        if graph:
+            nodes = sum(len(row["units"]) for row in graph["layers"])
+            if len(graph["communities"]) != nodes or not all(key in graph for key in ("q", "null", "z", "kept")):
+                raise ValueError("its circuit graph does not fit together")
+
+
+def _load_circuits(file: Path, circuits: dict[str, Any]) -> dict[str, Tensor]:
+    from .._tensor_files import read_tensors
+
+    tensors, _ = read_tensors(file, "circuits", "delete it and measure again")
+    for site in circuits["sites"]:
+        name = f"effect {site['site']}"
+        if name not in tensors or tensors[name].shape != (len(circuits["variants"]), site["units"]):
+            raise ValueError(f"it has no {name} of the result's shape")
+    for key in ("graph", "control"):
+        layers = circuits[key].get("layers", [])
+        for parent, child in zip(layers, layers[1:], strict=False):
+            name = f"{key} {parent['layer']} > {child['layer']}"
+            if name not in tensors or tensors[name].shape != (len(child["units"]), len(parent["units"])):
+                raise ValueError(f"it has no {name} of the result's shape")
+    return tensors
 
 
 def _problem(load: Any, file: Path) -> str:

@@ -234,6 +234,8 @@ _SETTINGS = {
     "images": "images judged on, at most",
     "sweep_images": "images swept",
     "pairs": "pairs of images, input manipulation",
+    "circuit_pairs": "pairs of images, circuits",
+    "circuit_units": "units of a layer in the circuit graph",
     "device": "device",
     "official": "official data files",
     "protocol": "protocol version",
@@ -275,4 +277,8 @@ def machines(runs: Sequence[Run]) -> list[tuple[str, str]]:
     if times:
         each = duration(min(times)) if len(times) == 1 else f"{duration(min(times))} to {duration(max(times))}"
         rows.append(("training time", f"{each} a run, {duration(sum(times))} in all"))
+    levels = [found for run in runs if (found := run.result.get("timing", {}).get("circuits"))]
+    if levels:
+        parts = ", ".join(f"{part} {duration(max(found[part] for found in levels))}" for part in levels[0])
+        rows.append(("time of the circuits, at most", parts))
     return rows

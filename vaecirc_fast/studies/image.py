@@ -23,12 +23,13 @@ from .._tensor_files import write_tensors
 from ..errors import InputError
 from ..sweeps import RunDirectory, RunStore, run_all
 from ..training.settings import checked_settings
+from .circuits import find_circuits
 from .manipulation import manipulate
 from .measuring import DEFINITIONS, measure
 
-PROTOCOL = 3  # part of every run's id: raised when the same configuration would give other numbers
+PROTOCOL = 4  # part of every run's id: raised when the same configuration would give other numbers
 CHECKPOINT_EVERY = 250  # steps; what a kill can cost
-MINIMUM = {"images": 2, "sweep_images": 2, "pairs": 4}
+MINIMUM = {"images": 2, "sweep_images": 2, "pairs": 4, "circuit_units": 1}
 EVALUATION_SEED = 2025  # the images that models are judged on, the same for every model of a data set
 
 
@@ -39,8 +40,9 @@ class Config:
     out: the directory of runs and report. data: data set names. architectures: model names. seeds: runs of each pair,
     seeds 0, 1, ... latents: L. net: "conv" or "mlp". beta: of beta_vae. steps: training steps of `batch_size` images at
     learning rate `lr`. precision: "auto", "fp32" or "bf16". images: how many a model is judged on; pairs: of inputs for
-    level 1; sweep_images: how many of them its latents are swept on. device: "auto", "cpu" or "cuda". data_root:
-    directory of official files, if any, for the data sets that are read from files.
+    level 1; sweep_images: how many of them its latents are swept on; circuit_pairs: of inputs, a change, for levels 3
+    and 4 and the circuit graph, 0 to leave these out; circuit_units: of each layer in that graph. device: "auto", "cpu"
+    or "cuda". data_root: directory of official files, if any, for the data sets that are read from files.
     only: shell-style patterns of run names such as "dsprites-beta_vae-s0"; all runs if empty.
     """
 
@@ -58,6 +60,8 @@ class Config:
     images: int = 10_000
     sweep_images: int = 64
     pairs: int = 256
+    circuit_pairs: int = 16
+    circuit_units: int = 16
     device: str = "auto"
     data_root: Path | None = None
     only: tuple[str, ...] = ()
@@ -145,6 +149,7 @@ def plan(config: Config, device: torch.device, sets: Mapping[str, data.Dataset])
                         for key in ("latents", "net", "steps", "batch_size", "lr", "precision")
                     },
                     **{key: getattr(config, key) for key in ("images", "sweep_images", "pairs")},
+                    **{key: getattr(config, key) for key in ("circuit_pairs", "circuit_units")},
                     "device": device.type,
                 }
                 runs.append((label, settings))
@@ -177,17 +182,26 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
         "trained": manipulate(trained.model, ds, pairs=c["pairs"], seed=EVALUATION_SEED),
         "untrained": manipulate(model, ds, pairs=c["pairs"], seed=EVALUATION_SEED),
     }
+    circuits = None
+    if c["circuit_pairs"]:
+        active = [row["latent"] for row in measured.latents if row["active"]]
+        sizes = {"pairs": c["circuit_pairs"], "units": c["circuit_units"]}
+        circuits = find_circuits(trained.model, model, ds, active=active, seed=EVALUATION_SEED, **sizes)
     for grid, effects in measured.effects.items():
         effects.save(run.path / f"effects-{grid}.safetensors")
     write_tensors(run.path / "pictures.safetensors", "pictures", measured.pictures, {})
+    if circuits:
+        write_tensors(run.path / "circuits.safetensors", "circuits", circuits.tensors, {})
+    definitions = DEFINITIONS | (circuits.definitions if circuits else {})
     return {
         "trained": measured.trained,
-        "metrics": measured.metrics,
+        "metrics": measured.metrics | (circuits.metrics if circuits else {}),
         "replicates": measured.replicates,
         "latents": measured.latents,
         "inputs": inputs,
-        "control": {"untrained": untrained.metrics},
-        "definitions": {name: {"unit": unit, "definition": text} for name, (unit, text) in DEFINITIONS.items()},
+        **({"circuits": circuits.found} if circuits else {}),
+        "control": {"untrained": untrained.metrics | (circuits.control if circuits else {})},
+        "definitions": {name: {"unit": unit, "definition": text} for name, (unit, text) in definitions.items()},
         "history": trained.history.to_dict("records"),
         "machine": {
             "version": __version__,
@@ -197,7 +211,11 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
             "threads": torch.get_num_threads(),
             "precision": trained.precision,
         },
-        "timing": {"training_seconds": seconds, "sweeps": measured.plans},
+        "timing": {
+            "training_seconds": seconds,
+            "sweeps": measured.plans | ({"patching": circuits.plan} if circuits else {}),
+            **({"circuits": circuits.seconds} if circuits else {}),
+        },
     }
 
 
@@ -234,9 +252,11 @@ def _checked(config: Config) -> torch.device:
     for key in ("seeds", "latents", "steps", "batch_size"):
         if getattr(config, key) < 1:
             raise InputError(f"{key}: expected at least 1, got {getattr(config, key)}")
-    for key in ("images", "sweep_images", "pairs"):
-        if getattr(config, key) < MINIMUM[key]:
-            raise InputError(f"{key}: expected at least {MINIMUM[key]}, got {getattr(config, key)}")
+    for key, least in MINIMUM.items():
+        if getattr(config, key) < least:
+            raise InputError(f"{key}: expected at least {least}, got {getattr(config, key)}")
+    if config.circuit_pairs < 2 and config.circuit_pairs != 0:
+        raise InputError(f"circuit_pairs: expected at least 2, or 0 for none, got {config.circuit_pairs}")
     for key in ("lr", "beta"):
         if not 0 < getattr(config, key) < math.inf:
             raise InputError(f"{key}: expected a positive number, got {getattr(config, key)}")

@@ -27,7 +27,7 @@ def manipulate(model: VAE, ds: Dataset, *, pairs: int, seed: int) -> dict[str, A
     in sd of each; and per variant the isolation over the latents, targets from one half of the pairs and effects from
     the other.
     """
-    kind, base, variants = _pairs(ds, pairs, seed)
+    kind, base, variants = varied_pairs(ds, pairs, seed)
     every = input_effects(model, base, variants, SITES, seed=seed)
     half = len(base) // 2
     first = input_effects(model, base[:half], {k: x[:half] for k, x in variants.items()}, [HEAD], replicates=0)
@@ -52,7 +52,7 @@ def manipulate(model: VAE, ds: Dataset, *, pairs: int, seed: int) -> dict[str, A
     }
 
 
-def _pairs(ds: Dataset, pairs: int, seed: int) -> tuple[str, Tensor, dict[str, Tensor]]:
+def varied_pairs(ds: Dataset, pairs: int, seed: int) -> tuple[str, Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     if ds.complete:
         return "factors", *factor_pairs(ds, pairs, generator)

@@ -1,0 +1,87 @@
+"""Disentanglement and completeness of causal effects: whether each latent moves one thing, and one latent each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import InputError
+from .causal import _check, _normalised
+from .score import centred_interval
+from .statistics import Estimate
+
+
+@dataclass(frozen=True)
+class EffectDisentanglement:
+    """`disentanglement` of the rows (latents, units) and `completeness` of the columns (groups, factors), in [0, 1]."""
+
+    disentanglement: Estimate
+    completeness: Estimate
+
+
+def effect_disentanglement(effects: Any, level: float = 0.95) -> EffectDisentanglement:
+    """DCI's D and C with causal effects in the place of a classifier's importances.
+
+    `effects`: a result of `vf.latent_sweep` (rows: latents, columns: output groups, step-normalised as for CES); one of
+    `input_effects` (rows: units, columns: manipulations of the input; units that have no unit of measurement are left
+    out); or numbers >= 0 (L, G), array or tensor. With R the matrix,
+
+        D = sum_i (sum_g R_ig / sum R) (1 - H(R_i. / sum_g R_ig) / log G),    C the same with rows and columns exchanged
+
+    A row or column of zeros has no weight. Intervals are from the result's own replicates over samples, centred on the
+    value; a plain matrix has none (nan). Source: Eastwood & Williams 2018, on effects by docs/definitions.md.
+    Raises InputError for fewer than two rows or columns, negative or non-finite numbers, no effect at all, and effects
+    that cannot be strengths.
+    """
+    matrix, replicates, n, resampled = _matrices(effects)
+    if matrix.ndim != 2 or min(matrix.shape) < 2:
+        raise InputError(f"effects: expected at least two rows and two columns, got shape {matrix.shape}")
+    if not np.isfinite(matrix).all() or (matrix < 0).any():
+        raise InputError("effects: expected finite numbers >= 0, got others")
+    if matrix.max() == 0:
+        raise InputError("effects: expected some effect, got zeros only")
+    estimates = []
+    for axis in (1, 0):
+        value = float(concentration(matrix, axis))
+        drawn = concentration(replicates, axis)
+        low, high = centred_interval(value, drawn, n, level) if len(drawn) else (math.nan, math.nan)
+        estimates.append(Estimate(value, max(low, 0.0), min(high, 1.0), level, "", resampled, n))
+    return EffectDisentanglement(*estimates)
+
+
+def concentration(matrix: np.ndarray, axis: int) -> np.ndarray:
+    """D (axis 1) or C (axis 0) of matrices (..., L, G); nan where there is no effect."""
+    from scipy.special import xlogy
+
+    axis -= 2
+    mass = matrix.sum(axis, keepdims=True)
+    p = np.divide(matrix, mass, out=np.zeros_like(matrix), where=mass > 0)
+    sharpness = (1 + xlogy(p, p).sum(axis) / math.log(matrix.shape[axis])).clip(0, 1)
+    mass = np.squeeze(mass, axis)
+    total = mass.sum(-1)
+    found = (sharpness * mass).sum(-1)
+    return np.divide(found, total, out=np.full_like(total, np.nan), where=total > 0)
+
+
+def _matrices(effects: Any) -> tuple[np.ndarray, np.ndarray, int, str]:
+    """(L, G), replicates (R, L, G), how many samples, and what they are."""
+    if hasattr(effects, "step_normalised"):
+        _check(effects, "effect_disentanglement")
+        point, replicates = _normalised(effects)
+        return point.numpy(), replicates.numpy(), effects.samples, "images"
+    if hasattr(effects, "variants"):
+        point = effects.tensor.double().cpu().numpy().T
+        measured = ~np.isnan(point).all(1)
+        drawn = np.empty((0, *point.shape))
+        if effects.replicates is not None:
+            drawn = effects.replicates.double().cpu().numpy().transpose(0, 2, 1)
+        return point[measured], drawn[:, measured], effects.samples, "pairs"
+    array = np.asarray(effects.detach().double().cpu() if isinstance(effects, Tensor) else effects)
+    if array.dtype.kind not in "fiu":
+        raise InputError(f"effects: expected numbers (L, G) or the result of a sweep, got {type(effects).__name__}")
+    array = array.astype(np.float64)
+    return array, np.empty((0, *array.shape)), 0, "nothing"

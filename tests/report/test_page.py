@@ -75,15 +75,15 @@ def test_every_run_is_printed_as_its_result_says(study, page):
 
 
 def main_rows(page):
-    """The main table: for each configuration its rows of estimates, controls and seeds."""
+    """The main table: for each configuration its rows of estimates, untrained and permuted controls, and seeds."""
     rows = page.tables["main-table"]
     start = {" ".join(row[0].split()): n for n, row in enumerate(rows)}
     vae, beta = start["VAE two seeds"], next(n for label, n in start.items() if label.startswith("β-VAE"))
-    return [[row[1:] for row in rows[n : n + 3]] for n in (vae, beta)]
+    return [[row[1:] for row in rows[n : n + 4]] for n in (vae, beta)]
 
 
 def test_the_main_table_is_over_trained_seeds_with_the_intervals_of_the_definitions(study, page):
-    (estimates, controls, seeds), _ = main_rows(page(study))
+    (estimates, controls, permuted, seeds), _ = main_rows(page(study))
     runs = [results(study)[f"digits-vae-s{seed}"] for seed in (0, 1)]
     for n, metric in enumerate(METRICS):
         values = np.array([run["metrics"][metric]["value"] for run in runs], float)
@@ -99,6 +99,14 @@ def test_the_main_table_is_over_trained_seeds_with_the_intervals_of_the_definiti
         if np.ptp(untrained):
             half = stats.t.ppf(0.975, 1) * untrained.std(ddof=1) / np.sqrt(2)
             assert_printed(controls[n], untrained.mean(), untrained.mean() - half, untrained.mean() + half)
+        nulls = [run["control"]["permuted"].get(metric) for run in runs]
+        assert (metric in ("mig", "specificity")) == all(nulls)
+        if all(nulls):
+            null = np.array([null["value"] for null in nulls])
+            half = stats.t.ppf(0.975, 1) * null.std(ddof=1) / np.sqrt(2)
+            assert_printed(permuted[n], null.mean(), null.mean() - half, null.mean() + half)
+        else:
+            assert permuted[n].strip() == "–"
 
 
 def expected_interval(values, replicates, metric):
@@ -116,7 +124,7 @@ def expected_interval(values, replicates, metric):
 
 def test_a_run_that_is_not_trained_is_marked_and_in_no_mean(study, page):
     found = page(study)
-    _, (estimates, _, seeds) = main_rows(found)
+    _, (estimates, _, _, seeds) = main_rows(found)
     only = results(study)["digits-beta_vae-s0"]
     for n, metric in enumerate(METRICS):
         assert_printed(estimates[n], only["metrics"][metric]["value"])
@@ -215,7 +223,7 @@ def test_undefined_numbers_are_dashes(study, change, page):
     change(study, "digits-vae-*", undefine)
     found = page(study)
     assert found.problems == []
-    (estimates, controls, seeds), _ = main_rows(found)
+    (estimates, controls, _, seeds), _ = main_rows(found)
     at = METRICS.index("specificity")
     assert [row[at].strip() for row in (estimates, controls, seeds)] == ["–", "–", "–, –"]
 

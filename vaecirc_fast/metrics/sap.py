@@ -11,8 +11,8 @@ import numpy as np
 
 from ..errors import InputError
 from .labelled import checked_codes
+from .score import TEST, TRAIN, Score, centred_interval, sample_weights, whole
 from .splits import split_samples
-from .statistics import FEW, Estimate, percentile_interval, resampled_interval, resampling_weights
 
 _C = 0.01  # of the support vector machines
 _STEPS = 200  # of Newton's method; a dozen are needed
@@ -20,29 +20,22 @@ _CELLS = 1 << 22  # decision values held at once
 
 
 @dataclass(frozen=True)
-class Sap(Estimate):
-    """`Estimate` of the mean gap, in [0, 1]; `per_factor` the gaps by name; `scores` (L, K) what they are gaps of:
-    test accuracies, or squared correlations; `names` the factors, `dropped` those of one value; `split` says which
-    samples."""
+class Sap(Score):
+    """`Score` in [0, 1]. `per_factor` the gaps by name; `scores` (L, K) what they are gaps of, test accuracies or
+    squared correlations; `names` the factors."""
 
     per_factor: dict[str, float] = field(default_factory=dict)
     scores: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)), compare=False)
     names: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
-    split: str = ""
-
-    def __str__(self) -> str:
-        left_out = f"; left out, one value: {', '.join(self.dropped)}" if self.dropped else ""
-        return f"{super().__str__()}; {self.split}{left_out}"
 
 
 def sap(
     codes: Any,
-    factors: Any,
+    factors: Any = None,
     *,
     continuous: bool = False,
-    train: int = 10_000,
-    test: int = 5_000,
+    train: int = TRAIN,
+    test: int = TEST,
     seed: int = 0,
     factor_names: Sequence[str] | None = None,
     codes_test: Any = None,
@@ -55,7 +48,7 @@ def sap(
     `codes` (N, L >= 2) numbers, the encoder means; `factors` (N, K) integers, any ids; tensors or arrays. The score of
     a latent is the accuracy, on test samples, of scikit-learn's LinearSVC(C=.01, class_weight="balanced") fitted to it
     alone: a squared hinge loss with a penalised intercept, one class against the rest, solved exactly here. `train` and
-    `test` of the samples are drawn by `seed`; of fewer samples 2/3 and 1/3, which `split` of the result says. Samples
+    `test` of the samples are drawn by `seed`; of fewer samples 2/3 and 1/3, which `note` of the result says. Samples
     of one's own to test on: `codes_test`, `factors_test`.
 
     continuous: factors are numbers, and the score is their squared correlation with the latent over `train` samples.
@@ -68,8 +61,7 @@ def sap(
     Raises InputError on wrong shapes, unequal N, fewer than 3 samples or 2 latents, NaN, factors that are not integers
     (unless continuous), names that do not fit, or no factor that varies among the training samples.
     """
-    if isinstance(replicates, bool) or not isinstance(replicates, int | np.integer) or replicates < 0:
-        raise InputError(f"replicates: expected a whole number >= 0, got {replicates!r}")
+    replicates = whole("replicates", replicates, 0)
     if not 0 < level < 1:
         raise InputError(f"level: expected a coverage between 0 and 1, such as 0.95, got {level!r}")
     if continuous:
@@ -83,7 +75,7 @@ def sap(
     def scored(weights: np.ndarray) -> np.ndarray:
         return (weights @ flat / weights.sum(1, keepdims=True)).reshape(-1, latents, factor_count)
 
-    return _result(scored, n, "test samples", data.names, data.dropped, data.text, seed, replicates, level)
+    return _result(scored, n, "test samples", data.names, data.dropped, data.note, seed, replicates, level)
 
 
 def _check_latents(codes: np.ndarray) -> None:
@@ -99,7 +91,7 @@ def _result(
     resampled: str,
     names: tuple[str, ...],
     dropped: tuple[str, ...],
-    split: str,
+    note: str,
     seed: int,
     replicates: int,
     level: float,
@@ -110,14 +102,10 @@ def _result(
     value = float(gaps.mean())
     low = high = math.nan
     if replicates:
-        weights = resampling_weights(int(replicates), n, int(seed)).double().numpy()
-        drawn = _gaps(scored(weights[weights.sum(1) > 0])).mean(-1)
-        if n >= FEW:
-            low, high = percentile_interval(drawn, level, centre=value)
-        else:
-            low, high = resampled_interval(value, drawn, n, level)
+        drawn = _gaps(scored(sample_weights(replicates, n, seed).astype(np.float64))).mean(-1)
+        low, high = centred_interval(value, drawn, n, level)
     per_factor = dict(zip(names, gaps.tolist(), strict=True))
-    return Sap(value, low, high, level, "", resampled, n, per_factor, scores, names, dropped, split)
+    return Sap(value, low, high, level, "", resampled, n, dropped, note, per_factor, scores, names)
 
 
 def _gaps(scores: np.ndarray) -> np.ndarray:
@@ -141,8 +129,7 @@ def _continuous(
 ) -> Sap:
     if own_test != (None, None):
         raise InputError("codes_test, factors_test: correlations are of training samples, so there is nothing to test")
-    if isinstance(train, bool) or not isinstance(train, int | np.integer) or train < 2:
-        raise InputError(f"train: expected a whole number >= 2, got {train!r}")
+    train, seed = whole("train", train, 2), whole("seed", seed, 0)
     x = checked_codes(codes)
     _check_latents(x)
     try:
@@ -156,7 +143,7 @@ def _continuous(
     names = tuple(f"factor {k}" for k in range(y.shape[1])) if factor_names is None else tuple(factor_names)
     if len(names) != y.shape[1] or len(set(names)) != len(names):
         raise InputError(f"factor_names: expected {y.shape[1]} different names, one for each factor, got {names}")
-    n = min(int(train), len(x))
+    n = min(train, len(x))
     rows = np.random.default_rng(seed).permutation(len(x))[:n] if n < len(x) else np.arange(n)
     x, y = x[rows], y[rows]
     varies = y.min(0) < y.max(0)
@@ -174,10 +161,10 @@ def _continuous(
         # 1e-12 of the variance of all samples: a resample that rounding alone makes vary does not
         return np.where(spread > 1e-12, covariance**2 / np.where(spread > 1e-12, spread, 1), 0)
 
-    text = f"{n:,} samples" + ("" if n == train else f", fewer than {train:,}")
+    note = "" if n == train else f"{n} samples, of {train}"
     kept = tuple(name for name, k in zip(names, varies, strict=True) if k)
     dropped = tuple(name for name, k in zip(names, varies, strict=True) if not k)
-    return _result(scored, n, "samples", kept, dropped, text, seed, replicates, level)
+    return _result(scored, n, "samples", kept, dropped, note, seed, replicates, level)
 
 
 def _standard(columns: np.ndarray) -> np.ndarray:
@@ -216,8 +203,8 @@ class _Machines:
         (r w^2 + b^2) / 2 + sum_i c_i max(0, 1 - s_i (w x_i + b))^2,     s_i = 1 in a class and -1 out of it
 
     with c_i = C N / (number of classes x size of the class) in it and C out of it; of two classes one machine, with the
-    balanced weight on both sides; r = 1, or of codes divided by a number 1 / its square. A machine (w, b) is a lane. The
-    samples within its margin lie on one side of a code, so their sums are differences of running sums.
+    balanced weight on both sides; r = 1, or of codes divided by a number 1 / its square. A machine (w, b) is a lane.
+    The samples within its margin lie on one side of a code, so their sums are differences of running sums.
     """
 
     def __init__(self, levels: np.ndarray) -> None:
@@ -301,7 +288,8 @@ class _Machines:
             if sign < 0:
                 below, whole = self.all[:, place] - below, self.all[:, -1:] - whole
             sums.append(np.where((w * sign >= 0), below, whole - below))
-        return tuple(np.stack(parts) for parts in zip(*sums, strict=True))
+        count, first, second = np.stack(sums, 1)
+        return count, first, second
 
 
 def _running(x: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import InputError
 from .activity import ACTIVE_SHARE
+from .dci import dci
 from .encoded import Encoded, encode_grid
 from .explicitness import explicitness
 from .factor_vae import beta_vae_score, factor_vae_score
@@ -21,6 +22,7 @@ from .information import mean_pairwise_mi, modularity
 from .irs import irs
 from .labelled import Labelled, checked_codes, labelled
 from .mig import mig
+from .sap import sap
 from .score import TEST, TRAIN, WHOLE, Score, sample_weights, whole
 from .statistics import Estimate, resampled_interval
 
@@ -144,6 +146,18 @@ def _explicitness(s: _Samples) -> Iterator[Row]:
     yield "explicitness", explicitness(s.both, train=s.train, test=s.test, seed=s.seed, level=s.level)
 
 
+def _dci(s: _Samples) -> Iterator[Row]:
+    found = dci(s.both, train=s.train, test=s.test, seed=s.seed, level=s.level)
+    for name, estimate in found.estimates.items():
+        fields = (estimate.value, estimate.low, estimate.high, estimate.level, "", estimate.resampled, estimate.n)
+        yield f"dci_{name}", Score(*fields, found.dropped, found.note)
+
+
+def _sap(s: _Samples) -> Iterator[Row]:
+    shared = {"replicates": s.replicates, "seed": s.seed, "level": s.level}
+    yield "sap", sap(s.both, train=s.train, test=s.test, **shared)
+
+
 def _resampled(metric: Callable[..., Estimate], name: str, labels: bool, **options: Any) -> Callable:
     """A metric that resamples the samples it is given, or takes the whole grid."""
 
@@ -160,6 +174,20 @@ METRICS: dict[str, _Metric] = {
     ),
     "mig": _Metric(
         _mig, {"mig": "mean over factors v of (greatest - second I(z_i; v)) / H(v), latents in 20 equal-width bins"}
+    ),
+    "dci": _Metric(
+        _dci,
+        {
+            "dci_disentanglement": "mean over latents of 1 - H(factors) / log K, of importance to boosted trees",
+            "dci_completeness": "mean over factors of 1 - H(latents) / log L, of importance to boosted trees",
+            "dci_informativeness": "mean over factors of the test accuracy of boosted trees",
+        },
+        exact=False,
+    ),
+    "sap": _Metric(
+        _sap,
+        {"sap": "mean over factors of the gap of test accuracies of the two best linear classifiers of one latent"},
+        exact=False,
     ),
     "factor_vae_score": _Metric(
         _factor_vae,

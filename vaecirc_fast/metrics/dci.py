@@ -13,9 +13,8 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import InputError
-from .score import TEST, TRAIN, centred_interval, sample_weights, whole
 from .splits import Split, split_samples
-from .statistics import FEW, Estimate, resampled_interval
+from .statistics import FEW, Estimate, percentile_interval, resampled_interval, resampling_weights
 
 if TYPE_CHECKING:
     import pandas
@@ -37,8 +36,7 @@ class Dci:
     `disentanglement`, `completeness` in [0, 1]; `informativeness` the accuracy on test samples, `train_accuracy` that
     on training samples, means over factors. `importance` (L, K): latents x factors, columns of sum 1 (0 where no split
     was found). `per_latent` (L,) and `per_factor` (K,) are what the scores are weighted means of; `accuracy` and
-    `accuracy_train` by factor. `names` are the factors, `dropped` those of one value. `samples`: how many there were to
-    train and to test on; `note` says if that was fewer than asked for.
+    `accuracy_train` by factor. `names` are the factors, `dropped` those of one value, `split` says which samples.
     `estimates`: the scores with their intervals; informativeness resamples test samples, the others training samples
     (where replicates were asked for).
     """
@@ -54,8 +52,7 @@ class Dci:
     accuracy_train: dict[str, float]
     names: tuple[str, ...]
     dropped: tuple[str, ...]
-    note: str
-    samples: tuple[int, int]
+    split: str
     estimates: dict[str, Estimate] = field(default_factory=dict)
 
     def to_dataframe(self) -> pandas.DataFrame:
@@ -67,9 +64,7 @@ class Dci:
     def __str__(self) -> str:
         lines = [f"{name} {_shown(estimate)}" for name, estimate in self.estimates.items()]
         lines.append(f"accuracy on training samples {self.train_accuracy:.4g}")
-        lines.append("{:,} samples to train and {:,} to test".format(*self.samples))
-        if self.note:
-            lines.append(f"fewer than asked for: {self.note}")
+        lines.append(self.split)
         if self.dropped:
             lines.append(f"left out, one value: {', '.join(self.dropped)}")
         return "\n".join(lines)
@@ -83,8 +78,8 @@ def dci(
     codes: Any,
     factors: Any = None,
     *,
-    train: int = TRAIN,
-    test: int = TEST,
+    train: int = 10_000,
+    test: int = 5_000,
     seed: int = 0,
     factor_names: Sequence[str] | None = None,
     codes_test: Any = None,
@@ -95,7 +90,7 @@ def dci(
     """Disentanglement, completeness, informativeness of codes: how boosted trees predict each factor from them.
 
     `codes` (N, L) numbers, the encoder means; `factors` (N, K) integers, any ids; tensors or arrays. `train` and `test`
-    of the samples are drawn by `seed`; of fewer samples 2/3 and 1/3, which `note` of the result says. Samples of one's
+    of the samples are drawn by `seed`; of fewer samples 2/3 and 1/3, which `split` of the result says. Samples of one's
     own to test on: `codes_test`, `factors_test`. One-valued factors are left out and named in `dropped`.
 
     Trees are those of the op `boosted_importance`, scikit-learn's GradientBoostingClassifier with its defaults. Of the
@@ -110,7 +105,8 @@ def dci(
     Raises InputError on wrong shapes, unequal N, fewer than 3 samples, NaN or codes beyond float32, factors that are
     not integers, names that do not fit, or no factor that varies among the training samples.
     """
-    replicates = whole("replicates", replicates, 0)
+    if isinstance(replicates, bool) or not isinstance(replicates, int | np.integer) or replicates < 0:
+        raise InputError(f"replicates: expected a whole number >= 0, got {replicates!r}")
     if not 0 < level < 1:
         raise InputError(f"level: expected a coverage between 0 and 1, such as 0.95, got {level!r}")
     data = split_samples(codes, factors, train, test, seed, factor_names, codes_test, factors_test)
@@ -123,8 +119,7 @@ def dci(
     refitted = np.array([_refitted(data, seed, r) for r in range(replicates)]).reshape(-1, 2)
     estimates = {}
     for name, value, drawn in zip(("disentanglement", "completeness"), scores[:2], refitted.T, strict=True):
-        # by percentiles, however few samples: refits are no jackknife
-        low, high = centred_interval(value, drawn, FEW, level)
+        low, high = percentile_interval(drawn, level, centre=value) if len(drawn) else (math.nan, math.nan)
         estimates[name] = Estimate(value, low, high, level, "", "training samples", len(data.codes))
     return Dci(
         *(scores.disentanglement, scores.completeness, informativeness.value, float(hits_train.mean())),
@@ -133,8 +128,7 @@ def dci(
         accuracy_train=dict(zip(data.names, hits_train.mean(0).tolist(), strict=True)),
         names=data.names,
         dropped=data.dropped,
-        note=data.note,
-        samples=(len(hits_train), len(hits)),
+        split=data.text,
         estimates={**estimates, "informativeness": informativeness},
     )
 
@@ -176,8 +170,13 @@ def _scores(rows: np.ndarray) -> tuple[np.ndarray, float]:
 def _accuracy(hits: np.ndarray, seed: int, level: float, replicates: int = 200) -> Estimate:
     """Mean over factors of the accuracy, `hits` (T, K), with its interval over test samples."""
     n, value = len(hits), float(hits.mean())
-    weights = sample_weights(replicates, n, seed).astype(np.float64)
-    low, high = resampled_interval(value, weights @ hits.mean(1) / weights.sum(1), n, level)
+    weights = resampling_weights(replicates, n, int(seed)).double().numpy()
+    mass = weights.sum(1)
+    drawn = (weights @ hits.mean(1))[mass > 0] / mass[mass > 0]
+    if n >= FEW:
+        low, high = percentile_interval(drawn, level)
+    else:
+        low, high = resampled_interval(value, drawn, n, level)
     return Estimate(value, low, high, level, "", "test samples", n)
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from ..errors import InputError
 from .labelled import checked_codes
-from .score import TEST, TRAIN, Score, centred_interval, sample_weights, whole
 from .splits import split_samples
+from .statistics import FEW, Estimate, percentile_interval, resampled_interval, resampling_weights
 
 _C = 0.01  # of the support vector machines
 _STEPS = 200  # of Newton's method; a dozen are needed
@@ -20,13 +20,20 @@ _CELLS = 1 << 22  # decision values held at once
 
 
 @dataclass(frozen=True)
-class Sap(Score):
-    """`Score` in [0, 1]. `per_factor` the gaps by name; `scores` (L, K) what they are gaps of, test accuracies or
-    squared correlations; `names` the factors."""
+class Sap(Estimate):
+    """`Estimate` of the mean gap, in [0, 1]; `per_factor` the gaps by name; `scores` (L, K) what they are gaps of:
+    test accuracies, or squared correlations; `names` the factors, `dropped` those of one value; `split` says which
+    samples."""
 
     per_factor: dict[str, float] = field(default_factory=dict)
     scores: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)), compare=False)
     names: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    split: str = ""
+
+    def __str__(self) -> str:
+        left_out = f"; left out, one value: {', '.join(self.dropped)}" if self.dropped else ""
+        return f"{super().__str__()}; {self.split}{left_out}"
 
 
 def sap(
@@ -34,8 +41,8 @@ def sap(
     factors: Any = None,
     *,
     continuous: bool = False,
-    train: int = TRAIN,
-    test: int = TEST,
+    train: int = 10_000,
+    test: int = 5_000,
     seed: int = 0,
     factor_names: Sequence[str] | None = None,
     codes_test: Any = None,
@@ -48,7 +55,7 @@ def sap(
     `codes` (N, L >= 2) numbers, the encoder means; `factors` (N, K) integers, any ids; tensors or arrays. The score of
     a latent is the accuracy, on test samples, of scikit-learn's LinearSVC(C=.01, class_weight="balanced") fitted to it
     alone: a squared hinge loss with a penalised intercept, one class against the rest, solved exactly here. `train` and
-    `test` of the samples are drawn by `seed`; of fewer samples 2/3 and 1/3, which `note` of the result says. Samples
+    `test` of the samples are drawn by `seed`; of fewer samples 2/3 and 1/3, which `split` of the result says. Samples
     of one's own to test on: `codes_test`, `factors_test`.
 
     continuous: factors are numbers, and the score is their squared correlation with the latent over `train` samples.
@@ -61,7 +68,8 @@ def sap(
     Raises InputError on wrong shapes, unequal N, fewer than 3 samples or 2 latents, NaN, factors that are not integers
     (unless continuous), names that do not fit, or no factor that varies among the training samples.
     """
-    replicates = whole("replicates", replicates, 0)
+    if isinstance(replicates, bool) or not isinstance(replicates, int | np.integer) or replicates < 0:
+        raise InputError(f"replicates: expected a whole number >= 0, got {replicates!r}")
     if not 0 < level < 1:
         raise InputError(f"level: expected a coverage between 0 and 1, such as 0.95, got {level!r}")
     if continuous:
@@ -75,7 +83,7 @@ def sap(
     def scored(weights: np.ndarray) -> np.ndarray:
         return (weights @ flat / weights.sum(1, keepdims=True)).reshape(-1, latents, factor_count)
 
-    return _result(scored, n, "test samples", data.names, data.dropped, data.note, seed, replicates, level)
+    return _result(scored, n, "test samples", data.names, data.dropped, data.text, seed, replicates, level)
 
 
 def _check_latents(codes: np.ndarray) -> None:
@@ -91,7 +99,7 @@ def _result(
     resampled: str,
     names: tuple[str, ...],
     dropped: tuple[str, ...],
-    note: str,
+    split: str,
     seed: int,
     replicates: int,
     level: float,
@@ -102,10 +110,14 @@ def _result(
     value = float(gaps.mean())
     low = high = math.nan
     if replicates:
-        drawn = _gaps(scored(sample_weights(replicates, n, seed).astype(np.float64))).mean(-1)
-        low, high = centred_interval(value, drawn, n, level)
+        weights = resampling_weights(int(replicates), n, int(seed)).double().numpy()
+        drawn = _gaps(scored(weights[weights.sum(1) > 0])).mean(-1)
+        if n >= FEW:
+            low, high = percentile_interval(drawn, level, centre=value)
+        else:
+            low, high = resampled_interval(value, drawn, n, level)
     per_factor = dict(zip(names, gaps.tolist(), strict=True))
-    return Sap(value, low, high, level, "", resampled, n, dropped, note, per_factor, scores, names)
+    return Sap(value, low, high, level, "", resampled, n, per_factor, scores, names, dropped, split)
 
 
 def _gaps(scores: np.ndarray) -> np.ndarray:
@@ -129,7 +141,8 @@ def _continuous(
 ) -> Sap:
     if own_test != (None, None):
         raise InputError("codes_test, factors_test: correlations are of training samples, so there is nothing to test")
-    train, seed = whole("train", train, 2), whole("seed", seed, 0)
+    if isinstance(train, bool) or not isinstance(train, int | np.integer) or train < 2:
+        raise InputError(f"train: expected a whole number >= 2, got {train!r}")
     x = checked_codes(codes)
     _check_latents(x)
     try:
@@ -143,7 +156,7 @@ def _continuous(
     names = tuple(f"factor {k}" for k in range(y.shape[1])) if factor_names is None else tuple(factor_names)
     if len(names) != y.shape[1] or len(set(names)) != len(names):
         raise InputError(f"factor_names: expected {y.shape[1]} different names, one for each factor, got {names}")
-    n = min(train, len(x))
+    n = min(int(train), len(x))
     rows = np.random.default_rng(seed).permutation(len(x))[:n] if n < len(x) else np.arange(n)
     x, y = x[rows], y[rows]
     varies = y.min(0) < y.max(0)
@@ -161,10 +174,10 @@ def _continuous(
         # 1e-12 of the variance of all samples: a resample that rounding alone makes vary does not
         return np.where(spread > 1e-12, covariance**2 / np.where(spread > 1e-12, spread, 1), 0)
 
-    note = "" if n == train else f"{n} samples, of {train}"
+    text = f"{n:,} samples" + ("" if n == train else f", fewer than {train:,}")
     kept = tuple(name for name, k in zip(names, varies, strict=True) if k)
     dropped = tuple(name for name, k in zip(names, varies, strict=True) if not k)
-    return _result(scored, n, "samples", kept, dropped, note, seed, replicates, level)
+    return _result(scored, n, "samples", kept, dropped, text, seed, replicates, level)
 
 
 def _standard(columns: np.ndarray) -> np.ndarray:

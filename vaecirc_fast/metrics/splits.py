@@ -10,14 +10,13 @@ import numpy as np
 
 from ..errors import InputError
 from .labelled import Labelled, labelled
-from .score import split, whole
 
 
 @dataclass(frozen=True)
 class Split:
     """`codes` (N, L) and `levels` (N, K) of the training samples, `codes_test` (T, L) and `levels_test` (T, K) of the
-    test samples; the K factors that vary among the training samples are `names`, the others `dropped`. `note` says if
-    there were fewer samples than asked for."""
+    test samples; the K factors that vary among the training samples are `names`, the others `dropped`. `text` says how
+    many samples there are, and of a smaller split why."""
 
     codes: np.ndarray
     levels: np.ndarray
@@ -25,7 +24,7 @@ class Split:
     levels_test: np.ndarray
     names: tuple[str, ...]
     dropped: tuple[str, ...]
-    note: str
+    text: str
 
 
 def split_samples(
@@ -44,16 +43,20 @@ def split_samples(
     Raises InputError as `labelled` does, and on counts below 1, a test set that does not fit, fewer than 3 samples, or
     no factor that varies among the training samples.
     """
-    train, test, seed = whole("train", train, 1), whole("test", test, 1), whole("seed", seed, 0)
+    for name, count in (("train", train), ("test", test)):
+        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
+            raise InputError(f"{name}: expected a whole number >= 1, got {count!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise InputError(f"seed: expected a whole number >= 0, got {seed!r}")
     if (codes_test is None) != (factors_test is None):
         raise InputError("codes_test, factors_test: expected both or neither, got one")
     if codes_test is None:
         data = labelled(codes, factors, factor_names)
-        first, second, note = split(len(data.codes), train, test, seed)
+        first, second, text = _drawn(len(data.codes), int(train), int(test), int(seed))
     else:
         data, n = _joined(codes, factors, codes_test, factors_test, factor_names)
         first, second = np.arange(n), np.arange(n, len(data.codes))
-        note = ""
+        text = f"{n:,} training and {len(second):,} test samples, as given"
     levels = data.levels[first]
     varies = (levels != levels[:1]).any(0)
     if not varies.any():
@@ -65,8 +68,19 @@ def split_samples(
         data.levels[second][:, varies],
         tuple(name for name, kept in zip(data.names, varies, strict=True) if kept),
         (*data.dropped, *(name for name, kept in zip(data.names, varies, strict=True) if not kept)),
-        note,
+        text,
     )
+
+
+def _drawn(n: int, train: int, test: int, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
+    if n < 3:
+        raise InputError(f"codes: expected at least 3 samples, to train and test on, got {n}")
+    order = np.random.default_rng(seed).permutation(n)
+    if n >= train + test:
+        return order[:train], order[train : train + test], f"{train:,} training and {test:,} test samples"
+    first = round(n * 2 / 3)
+    text = f"{first:,} training and {n - first:,} test samples: 2/3 and 1/3, fewer than {train:,} and {test:,}"
+    return order[:first], order[first:], text
 
 
 def _joined(

@@ -248,11 +248,12 @@ PYBIND11_MODULE(_C, m) {
                                             rows_of("latent_sweep", network, layers)}));
           });
     m.def("patch_mix", [](uintptr_t base, uintptr_t source, uintptr_t order, uintptr_t starts, uintptr_t stops,
-                          int64_t L, const NetworkArguments& network) {
+                          uintptr_t reference, int64_t L, const NetworkArguments& network) {
         py::gil_scoped_release release;
         std::vector<SweepLayer> layers;
-        checked(chosen->patch_mix({at<float>(base), at<float>(source), at<int64_t>(order), at<int64_t>(starts),
-                                   at<int64_t>(stops), L, rows_of("patch_mix", network, layers)}));
+        checked(
+            chosen->patch_mix({at<float>(base), at<float>(source), at<int64_t>(order), at<int64_t>(starts),
+                               at<int64_t>(stops), at<float>(reference), L, rows_of("patch_mix", network, layers)}));
     });
     m.def("render_sprites",
           [](uintptr_t factors, int64_t B, const std::array<int64_t, 6>& sizes, uintptr_t x, int64_t vertices,

@@ -13,7 +13,8 @@ from ..groups import Groups
 from ..ops import effect_reduction
 from .engine import slices
 from .forcing import Held, Holding, Pairs, mixed
-from .patch_sweeps import Target, Weights
+from .passes import Target
+from .patch_sweeps import Weights
 from .selection import Selection
 from .trace import Trace, Value
 

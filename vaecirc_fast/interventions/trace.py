@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,6 +46,26 @@ class Step:
     def makes(self) -> set[Value]:
         """The values that are new once it has run."""
         return {v for v in (*self.made, *(v for _, v in self.written)) if v is not None}
+
+    @cached_property
+    def _plain(self) -> tuple[tuple[int, Value], ...]:
+        return tuple((n, a) for n, a in enumerate(self.args) if isinstance(a, Value))
+
+    @cached_property
+    def _nested(self) -> tuple[int | str, ...]:
+        """Arguments with Values inside lists."""
+        named = [(n, a) for n, a in enumerate(self.args) if not isinstance(a, Value)] + list(self.kwargs.items())
+        return tuple(n for n, a in named if any(map(_is_value, tree_iter(a, is_leaf=_is_value))))
+
+    def arguments(self, current: Mapping[Value, Tensor]) -> tuple[list, dict]:
+        """Positional and keyword arguments with tensors in place of Values."""
+        args, keywords = list(self.args), dict(self.kwargs)
+        for n, value in self._plain:
+            args[n] = current[value]
+        for n in self._nested:
+            where: Any = args if isinstance(n, int) else keywords
+            where[n] = tree_map(lambda a: current[a] if isinstance(a, Value) else a, where[n], is_leaf=_is_value)
+        return args, keywords
 
 
 @dataclass
@@ -136,16 +157,11 @@ class Program:
         current = dict(values)
         for n in self.chosen:
             step = self.trace.steps[n]
-            written = dict(step.written)
-
-            def given(leaf: Any) -> Any:
-                return current[leaf] if isinstance(leaf, Value) else leaf
-
-            args = [tree_map(given, a, is_leaf=_is_value) for a in step.args]
-            for position in written:
+            args, keywords = step.arguments(current)
+            for position, _ in step.written:
                 args[position] = args[position].clone()  # what others read stays as it is
-            out = step.func(*args, **tree_map(given, dict(step.kwargs), is_leaf=_is_value))
-            tensors = [t for t in tree_iter(out) if isinstance(t, Tensor)]
+            out = step.func(*args, **keywords)
+            tensors = (out,) if isinstance(out, Tensor) else [t for t in tree_iter(out) if isinstance(t, Tensor)]
             for value, t in zip(step.made, tensors, strict=True):
                 # a start keeps the value that it was given
                 if value is not None and value not in self.starts:

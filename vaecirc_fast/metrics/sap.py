@@ -38,7 +38,7 @@ class Sap(Estimate):
 
 def sap(
     codes: Any,
-    factors: Any,
+    factors: Any = None,
     *,
     continuous: bool = False,
     train: int = 10_000,
@@ -216,8 +216,8 @@ class _Machines:
         (r w^2 + b^2) / 2 + sum_i c_i max(0, 1 - s_i (w x_i + b))^2,     s_i = 1 in a class and -1 out of it
 
     with c_i = C N / (number of classes x size of the class) in it and C out of it; of two classes one machine, with the
-    balanced weight on both sides; r = 1, or of codes divided by a number 1 / its square. A machine (w, b) is a lane. The
-    samples within its margin lie on one side of a code, so their sums are differences of running sums.
+    balanced weight on both sides; r = 1, or of codes divided by a number 1 / its square. A machine (w, b) is a lane.
+    The samples within its margin lie on one side of a code, so their sums are differences of running sums.
     """
 
     def __init__(self, levels: np.ndarray) -> None:
@@ -301,7 +301,8 @@ class _Machines:
             if sign < 0:
                 below, whole = self.all[:, place] - below, self.all[:, -1:] - whole
             sums.append(np.where((w * sign >= 0), below, whole - below))
-        return tuple(np.stack(parts) for parts in zip(*sums, strict=True))
+        count, first, second = np.stack(sums, 1)
+        return count, first, second
 
 
 def _running(x: np.ndarray) -> np.ndarray:

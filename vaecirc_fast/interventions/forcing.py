@@ -14,7 +14,7 @@ from ..groups import Groups
 from .engine import most_bytes
 from .passes import LARGEST_TILE, Passes, Target, targets_at
 from .patching import Readout, inputs_of, run_with_cache, taken
-from .trace import Trace, Value, same, trace
+from .trace import NOT_REPEATABLE, Trace, Value, same, trace
 
 MOST_COLUMNS = 512  # groups whose means are a product
 
@@ -82,8 +82,7 @@ class Pairs:
             return
         culprit = self._culprit(part, repeats, rows)
         raise InputError(
-            f"module: {culprit} gives other numbers for {name} when what it executed runs again; it keeps state "
-            "between calls, draws random numbers, or computes outside torch on values that it reads"
+            f"module: {culprit} gives other numbers for {name} when what it executed runs again; {NOT_REPEATABLE}"
         )
 
     def _culprit(self, part: slice, repeats: int, rows: tuple) -> str:

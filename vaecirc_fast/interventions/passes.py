@@ -13,7 +13,7 @@ from ..errors import InputError
 from .engine import most_bytes
 from .patching import Readout, read_out, taken
 from .selection import Selection, is_pattern, resolve, units
-from .trace import Trace, Value, same, trace
+from .trace import NOT_REPEATABLE, Trace, Value, same, trace
 
 LARGEST_TILE = 512  # rows of one pass
 
@@ -98,10 +98,8 @@ class Passes:
             again = self.one.everything().run(dict(zip(self.one.inputs, tensors, strict=True)))[self.one.output]
             plain = self.output(args)
             if bool(torch.isfinite(plain).all()) and not same(again, plain):
-                raise InputError(
-                    f"module: gives other numbers{name} when {'it' if not name else 'what it executed'} runs again; it "
-                    "keeps state between calls, draws random numbers, or computes outside torch on values that it reads"
-                )
+                what = "what it executed" if name else "it"
+                raise InputError(f"module: gives other numbers{name} when {what} runs again; {NOT_REPEATABLE}")
 
     def tensors(self, part: slice, repeats: int = 1) -> list[Tensor]:
         """The arguments that are traced, for some rows, each repeated."""

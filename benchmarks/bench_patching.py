@@ -53,11 +53,13 @@ def _decoder(net: str) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if net == "residual":
-        return Residual().eval().to(device), *(torch.randn(PAIRS, 3, 16, 16, device=device) for _ in "ab")
+        base, source = torch.randn(2, PAIRS, 3, 16, 16, device=device)
+        return Residual().eval().to(device), base, source
     if net == "transformer":
         layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
         encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval().to(device)
-        return encoder, *(torch.randn(PAIRS, 32, 64, device=device) for _ in "ab")
+        base, source = torch.randn(2, PAIRS, 32, 64, device=device)
+        return encoder, base, source
     decoder = vf.models.build("vae", (1, 64, 64), latents=10, net=net).decoder.eval().to(device)
     return decoder, torch.randn(PAIRS, 10, device=device), torch.randn(PAIRS, 10, device=device)
 
@@ -148,6 +150,7 @@ def test_recovery(benchmark, form: str) -> None:
 
     def ours() -> tuple[Tensor, Tensor]:
         E = vf.interventions.patch_sweep(decoder, base, source, sites, recovery=True, replicates=0)
+        assert E.recovery is not None
         return E.tensor[:, 0], E.recovery
 
     def hooks() -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ def test_kernels_behind_mediators(grouped):
     x0, x1 = torch.rand(2, 7, 1, 16, 16)
     outcome = partitions.cells(16, 16, 2) if grouped else "output.mean"
     given_ = {"outcome": outcome, "each": True, "replicates": 0, "tile": 4}
-    sites = ["decoder.fc1", "encoder.conv2", "decoder.ct1[:, :2]"]
+    sites = ["decoder.fc1", "encoder.conv1", "decoder.ct1[:, :2]"]
     M = mediate(module, x0, x1, sites, **given_)
     assert "kernels behind decoder.fc1, decoder.ct1" in M.plan
     with vf.backend("reference"):

@@ -5,7 +5,8 @@ import torch
 from close import assert_close
 from torch import nn
 
-from vaecirc_fast.interventions.patch_sweeps import Passes, patch_sweep, value_at
+from vaecirc_fast.interventions.passes import Passes, value_at
+from vaecirc_fast.interventions.patch_sweeps import patch_sweep
 from vaecirc_fast.interventions.patching import patch, run_with_cache
 
 

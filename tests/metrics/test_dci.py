@@ -96,7 +96,7 @@ def test_a_rotated_code_is_entangled():
 def scores_of_sklearn(data, seed):
     """D, C, importances and test accuracy by GradientBoostingClassifier on the same samples."""
     machines = [GradientBoostingClassifier(random_state=seed).fit(data.codes, v) for v in data.levels.T]
-    R = np.stack([m.feature_importances_ for m in machines], 1)
+    R = np.stack([m.feature_importances_ for m in machines], 1).clip(0)  # rounding leaves -1e-18 there
     D = (1 - entropy(R.T + 1e-300, base=max(2, R.shape[1]))) @ R.sum(1) / R.sum()
     C = (1 - entropy(R + 1e-300, base=len(R))) @ R.sum(0) / R.sum()
     accuracy = np.mean([m.score(data.codes_test, v) for m, v in zip(machines, data.levels_test.T, strict=True)])

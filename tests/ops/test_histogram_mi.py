@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import guarded
 import numpy as np
 import pytest
 import torch
@@ -52,7 +53,7 @@ def check(result, expected):
         assert np.abs(got.cpu().numpy() - np.array(truth)).max() <= CLOSE
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(
     n=st.integers(1, 300),
     latents=st.integers(1, 5),
@@ -197,6 +198,21 @@ def test_threads_change_nothing(backend):
         found.append([*weighted, cut(wide, 20), *vf.ops.histogram_mi(wide, levels.repeat(3, 1), pairs=True)])
     torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("backend", parameters(CPP), indirect=True)
+def test_nothing_beyond_the_arguments_is_touched(backend):
+    for n, replicates, before in ((5, 1, False), (65, 65, False), (65, 65, True)):
+        codes, levels = problem(n)
+        weights = torch.randint(0, 4, (replicates, n), dtype=torch.uint8)
+        binned = cut(codes, 20)
+        expected = vf.ops.histogram_mi(codes, levels, weights=weights, pairs=True)
+        moved = [guarded.placed(t, before) for t in (codes, levels, weights)]
+        assert torch.equal(cut(moved[0], 20), binned)
+        columns = [guarded.placed(t.T.contiguous(), before).T for t in (binned, levels.int())]
+        for c, v in (moved[:2], columns):
+            got = vf.ops.histogram_mi(c, v, weights=moved[2], pairs=True)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @one_of_each

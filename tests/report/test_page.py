@@ -32,7 +32,6 @@ def assert_printed(cell, *values):
 
 
 METRICS = ("reconstruction", "active", "mig", "ces_raw", "ces_posterior", "ces_resample", "specificity")
-METRICS += ("circuit_q", "circuit_modularity")
 
 
 def test_one_file_that_loads_nothing(study, page):
@@ -76,15 +75,15 @@ def test_every_run_is_printed_as_its_result_says(study, page):
 
 
 def main_rows(page):
-    """The main table: for each configuration its rows of estimates, controls and seeds."""
+    """The main table: for each configuration its rows of estimates, untrained and permuted controls, and seeds."""
     rows = page.tables["main-table"]
     start = {" ".join(row[0].split()): n for n, row in enumerate(rows)}
     vae, beta = start["VAE two seeds"], next(n for label, n in start.items() if label.startswith("β-VAE"))
-    return [[row[1:] for row in rows[n : n + 3]] for n in (vae, beta)]
+    return [[row[1:] for row in rows[n : n + 4]] for n in (vae, beta)]
 
 
 def test_the_main_table_is_over_trained_seeds_with_the_intervals_of_the_definitions(study, page):
-    (estimates, controls, seeds), _ = main_rows(page(study))
+    (estimates, controls, permuted, seeds), _ = main_rows(page(study))
     runs = [results(study)[f"digits-vae-s{seed}"] for seed in (0, 1)]
     for n, metric in enumerate(METRICS):
         values = np.array([run["metrics"][metric]["value"] for run in runs], float)
@@ -100,6 +99,14 @@ def test_the_main_table_is_over_trained_seeds_with_the_intervals_of_the_definiti
         if np.ptp(untrained):
             half = stats.t.ppf(0.975, 1) * untrained.std(ddof=1) / np.sqrt(2)
             assert_printed(controls[n], untrained.mean(), untrained.mean() - half, untrained.mean() + half)
+        nulls = [run["control"]["permuted"].get(metric) for run in runs]
+        assert (metric in ("mig", "specificity")) == all(nulls)
+        if all(nulls):
+            null = np.array([null["value"] for null in nulls])
+            half = stats.t.ppf(0.975, 1) * null.std(ddof=1) / np.sqrt(2)
+            assert_printed(permuted[n], null.mean(), null.mean() - half, null.mean() + half)
+        else:
+            assert permuted[n].strip() == "–"
 
 
 def expected_interval(values, replicates, metric):
@@ -117,7 +124,7 @@ def expected_interval(values, replicates, metric):
 
 def test_a_run_that_is_not_trained_is_marked_and_in_no_mean(study, page):
     found = page(study)
-    _, (estimates, _, seeds) = main_rows(found)
+    _, (estimates, _, _, seeds) = main_rows(found)
     only = results(study)["digits-beta_vae-s0"]
     for n, metric in enumerate(METRICS):
         assert_printed(estimates[n], only["metrics"][metric]["value"])
@@ -216,7 +223,7 @@ def test_undefined_numbers_are_dashes(study, change, page):
     change(study, "digits-vae-*", undefine)
     found = page(study)
     assert found.problems == []
-    (estimates, controls, seeds), _ = main_rows(found)
+    (estimates, controls, _, seeds), _ = main_rows(found)
     at = METRICS.index("specificity")
     assert [row[at].strip() for row in (estimates, controls, seeds)] == ["–", "–", "–, –"]
 
@@ -315,61 +322,55 @@ def circuit_rows(page):
     return rows, effects
 
 
-def test_mediation_is_printed_as_the_shown_runs_have_it(study, page):
-    rows, effects = circuit_rows(page(study))
-    for name, label in (("digits-vae-s0", "VAE"), ("digits-beta_vae-s0", "β-VAE (β = 4)")):
-        circuits = results(study)[name]["circuits"]
-        title = f"Digits, {label}, seed 0; 8 pairs of each change"
-        for entry in circuits["mediation"]:
-            assert_printed(effects[title, entry["variant"]], *(entry["te"][key] for key in ("value", "low", "high")))
-            *latents, unit = entry["rows"]
-            best = sorted(latents, key=lambda row: -row["nie_total"]["value"])[:3]
-            for row, mediator in [(row, f"z{row['unit']}") for row in best] + [
-                (unit, f"{unit['site']}[{unit['unit']}]")
-            ]:
-                cells = rows[title, entry["variant"], mediator]
-                for term, cell in zip(
-                    ("nie_pure", "nie_total", "nde_pure", "interaction", "share"), cells, strict=True
-                ):
-                    if "within" not in cell and "<" not in cell and ">" not in cell:
-                        assert_printed(cell, *(row[term][key] for key in ("value", "low", "high")))
+def test_mediation_is_printed_as_the_shown_runs_have_it(circuits, page):
+    rows, effects = circuit_rows(page(circuits))
+    found = results(circuits)["digits-vae-s0"]["circuits"]
+    title = "Digits, VAE, seed 0; 8 pairs of each change"
+    for entry in found["mediation"]:
+        assert_printed(effects[title, entry["variant"]], *(entry["te"][key] for key in ("value", "low", "high")))
+        *latents, unit = entry["rows"]
+        best = sorted(latents, key=lambda row: -row["nie_total"]["value"])[:3]
+        for row, mediator in [(row, f"z{row['unit']}") for row in best] + [(unit, f"{unit['site']}[{unit['unit']}]")]:
+            cells = rows[title, entry["variant"], mediator]
+            for term, cell in zip(("nie_pure", "nie_total", "nde_pure", "interaction", "share"), cells, strict=True):
+                if "within" not in cell and "<" not in cell and ">" not in cell:
+                    assert_printed(cell, *(row[term][key] for key in ("value", "low", "high")))
 
 
-def test_circuits_are_drawn_with_their_numbers(study, page):
-    found = page(study)
+def test_circuits_are_drawn_with_their_numbers(circuits, page):
+    found = page(circuits)
+    assert found.problems == []
     assert {"patching-digits", "mediation-digits", "graph-digits", "circuits"} <= set(found.ids)
-    for name in ("digits-vae-s0", "digits-beta_vae-s0"):
-        circuits = results(study)[name]["circuits"]
-        for graph in (circuits["graph"], circuits["control"]):
-            assert f"Q = {graph['q']:.3f}, nulls {graph['null']:.3f}" in found.text
-            assert f"{max(graph['communities']) + 1} communities" in found.text
-        for site in circuits["sites"]:
-            assert f"{site['site']} {site['units']} units, strongest" in found.text
+    result = results(circuits)["digits-vae-s0"]
+    for graph in (result["circuits"]["graph"], result["circuits"]["control"]):
+        assert f"Q = {graph['q']:.3f}, nulls {graph['null']:.3f}" in found.text
+        assert f"{max(graph['communities']) + 1} communities" in found.text
+    for site in result["circuits"]["sites"]:
+        assert f"{site['site']} {site['units']} units, strongest" in found.text
+    row = next(row for row in found.tables["runs-table"] if row[0].startswith("VAE, seed 0"))
+    for cell, name in zip(row[-3:-1], ("circuit_q", "circuit_modularity"), strict=True):
+        assert_printed(cell, result["metrics"][name]["value"])
+    (control,) = (row for row in found.tables["main-table"] if row[0] == "untrained control")
+    for cell, name in zip(control[-2:], ("circuit_q", "circuit_modularity"), strict=True):
+        assert_printed(cell, result["control"]["untrained"][name]["value"])
 
 
-def test_runs_of_the_third_protocol_have_no_circuits(study, change, page):
-    def older(result):
-        del result["circuits"], result["timing"]["circuits"], result["timing"]["sweeps"]["patching"]
-        for name in ("circuit_q", "circuit_modularity"):
-            for found in (result["metrics"], result["control"]["untrained"], result["definitions"]):
-                del found[name]
-
-    change(study, "digits-vae-*", older)
-    mixed = page(study)  # the others have them
-    assert mixed.problems == [] and "Circuit modularity" in mixed.text
-    (estimates, controls, _), _ = main_rows(mixed)
-    assert [row[-1].strip() for row in (estimates, controls)] == ["–", "–"]
-    change(study, "digits-beta_vae-*", older)
-    for file in study.glob("runs/*/circuits.safetensors"):
-        file.unlink()
+def test_runs_without_circuits_are_reported_without_and_beside_others(study, circuits, page):
+    """As those of the third protocol are."""
     found = page(study)
     assert found.problems == [] and "circuits" not in found.ids and "mediation-table" not in found.tables
     assert "modularity" not in found.text and "circuit" not in report.table(study).lower()
+    (run,) = circuits.glob("runs/*")
+    shutil.copytree(run, study / "runs" / run.name)
+    mixed = page(study)
+    assert mixed.problems == [] and "mediation-table" in mixed.tables
+    row = next(row for row in mixed.tables["runs-table"] if row[0].startswith("β-VAE"))
+    assert [cell.strip() for cell in row[-3:-1]] == ["–", "–"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "other"])
-def test_damaged_circuits_of_one_run_are_noted(study, page, damage):
-    run = next(study.glob("runs/digits-vae-s0-*"))
+def test_damaged_circuits_of_one_run_are_noted(circuits, page, damage):
+    run = next(circuits.glob("runs/digits-vae-s0-*"))
     file = run / "circuits.safetensors"
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:200])
@@ -377,28 +378,28 @@ def test_damaged_circuits_of_one_run_are_noted(study, page, damage):
         file.unlink()
     else:  # of another model
         shutil.copy(run / "pictures.safetensors", file)
-    found = page(study)
+    found = page(circuits)
     assert found.problems == [] and f"{run.name}: circuits.safetensors" in found.text
     assert found.text.count(f"circuits.safetensors of {run.name} cannot be read.") == 3  # the heatmap and both graphs
     assert "mediation-digits" in found.ids and "mediation-table" in found.tables  # these are in the result
 
 
 @pytest.mark.parametrize("key", ["mediation", "sites", "graph", "change", "pairs"])
-def test_incomplete_circuits_are_named(study, change, key):
-    change(study, "digits-vae-s1-*", lambda result: result["circuits"].pop(key))
+def test_incomplete_circuits_are_named(circuits, change, key):
+    change(circuits, "digits-vae-s0-*", lambda result: result["circuits"].pop(key))
     with pytest.raises(
-        InputError, match=rf"vae-s1-.*result\.json is not a result of this study \('{key}' is missing\)"
+        InputError, match=rf"vae-s0-.*result\.json is not a result of this study \('{key}' is missing\)"
     ):
-        report.table(study)
+        report.table(circuits)
 
 
-def test_a_model_without_a_graph_says_so(study, change, page):
+def test_a_model_without_a_graph_says_so(circuits, change, page):
     def collapse(result):
         result["circuits"]["graph"] = {}
         for name in ("circuit_q", "circuit_modularity"):
             result["metrics"][name]["value"] = None
 
-    change(study, "digits-vae-s0-*", collapse)
-    found = page(study)
+    change(circuits, "digits-vae-s0-*", collapse)
+    found = page(circuits)
     assert found.problems == []
     assert found.text.count("A pair of layers has no effect: there is no graph.") == 1

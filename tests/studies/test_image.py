@@ -110,6 +110,9 @@ def test_a_result_is_strict_json_with_intervals_and_the_untrained_control(undist
                 else:
                     assert row["low"] <= row["value"] <= row["high"], (name, key)
         trained, untrained = result["metrics"], result["control"]["untrained"]
+        permuted = result["control"]["permuted"]
+        assert set(permuted) == {"mig", "specificity"} and permuted["mig"]["resampled"] == "permutations"
+        assert all(entry["low"] < entry["value"] < entry["high"] and entry["n"] == 5 for entry in permuted.values())
         assert all(trained[key]["value"] != untrained[key]["value"] for key in NAMES - {"active"})
         assert trained["reconstruction"]["value"] < untrained["reconstruction"]["value"]
         assert isinstance(result["trained"], bool) and result["trained"] == (

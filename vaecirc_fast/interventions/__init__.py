@@ -11,7 +11,8 @@ from .interactions import Interactions, latent_interactions
 from .latents import latent_sweep, posterior_scale
 from .linearised import Linearised, linearised
 from .mediation import Mediation, mediate
-from .patch_sweeps import PatchEffects, ablate, patch_sweep
+from .patch_effects import PatchEffects
+from .patch_sweeps import ablate, patch_sweep
 from .patching import Cache, patch, run_with_cache, run_with_hooks
 from .paths import PathEffects, path_patch
 from .sites import Wrapped, wrap

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .engine import slices
-from .patch_sweeps import Passes, Sources, Sweep, Target, targets_at
+from .passes import Passes, Target, targets_at
+from .patch_sweeps import Sources, Sweep
 from .patching import Readout, device_of, inputs_of, quiet, read_out, run_with_cache, taken
 from .selection import Selection
 

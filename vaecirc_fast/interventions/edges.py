@@ -20,7 +20,7 @@ from ..ops.direct_edges import in_sd
 from ..reference.direct_edges import KINDS, reduced
 from .engine import most_bytes, slices
 from .networks import ACTIVATIONS, RESHAPES
-from .patch_sweeps import value_at
+from .passes import value_at
 from .patching import device_of, inputs_of, quiet, run_with_cache, taken
 from .trace import Place, Step, Trace, Value, trace
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..groups import Groups
 from .engine import most_bytes
-from .patch_sweeps import LARGEST_TILE, Passes, Target, targets_at
+from .passes import LARGEST_TILE, Passes, Target, targets_at
 from .patching import Readout, inputs_of, run_with_cache, taken
 from .trace import NOT_REPEATABLE, Trace, Value, same, trace
 

@@ -13,8 +13,9 @@ from ..groups import Groups
 from ..ops import effect_reduction
 from .engine import slices
 from .forcing import Held, Holding, Pairs, mixed
+from .passes import Target
 from .patch_kernels import kernels_behind
-from .patch_sweeps import Target, Weights
+from .patch_sweeps import Weights
 from .selection import Selection
 from .trace import Trace, Value
 

@@ -22,7 +22,7 @@ from .selection import Selection
 from .trace import Step
 
 if TYPE_CHECKING:
-    from .patch_sweeps import Passes, Target
+    from .passes import Passes, Target
 
 
 @dataclass(frozen=True)

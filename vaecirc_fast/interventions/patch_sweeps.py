@@ -3,104 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .._allocator import kept_memory
-from ..errors import InputError, MissingExtra
+from ..errors import InputError
 from ..groups import Groups, whole
 from ..metrics.causal import REPLICATES
-from ..metrics.statistics import resampled_intervals, resampling_weights
+from ..metrics.statistics import resampling_weights
 from ..ops import effect_reduction
 from ..reference.effect_reduction import KINDS
 from .engine import most_bytes, slices
+from .passes import LARGEST_TILE, Passes, Target, targets_at
+from .patch_effects import PatchEffects
 from .patch_kernels import kernels_behind
-from .patching import (
-    ABLATIONS,
-    Readout,
-    ablated,
-    device_of,
-    inputs_of,
-    quiet,
-    read_out,
-    run_with_cache,
-    site_values,
-    taken,
-)
-from .selection import Selection, is_pattern, resolve, units
-from .trace import NOT_REPEATABLE, Program, Trace, Value, same, trace
+from .patching import ABLATIONS, Readout, ablated, device_of, inputs_of, quiet, run_with_cache, site_values, taken
+from .selection import Selection
+from .trace import Program, Trace, Value
 
-if TYPE_CHECKING:
-    import pandas
-
-LARGEST_TILE = 512  # rows of one pass
 PART_BYTES = 32 << 20  # of activations and effects of the samples that kernels take at once
 
 Weights = Callable[[int, int], Tensor]  # (how many samples, number of the first) -> (R, n) of each in each replicate
-
-
-@dataclass(frozen=True)
-class PatchEffects:
-    """Effects of patching single units, one at a time.
-
-    tensor: (unit, group) mean over samples of the effect on the output, in the units of `effect`. table: site and
-    number of each unit, in the same order. recovery: (unit,) 1 - d(patched, source) / d(base, source), means divided;
-    None where there is no source run. replicates: (replicate, unit) Poisson bootstrap over samples of the effect on the
-    whole output. plan: how it was computed.
-    """
-
-    tensor: Tensor
-    sites: tuple[str, ...]
-    units: tuple[int, ...]
-    groups: tuple[str, ...]
-    effect: str
-    ablation: str
-    samples: int
-    group_weights: Tensor
-    recovery: Tensor | None = None
-    replicates: Tensor | None = field(default=None, repr=False)
-    plan: str = field(default="", repr=False)
-    dims: tuple[str, ...] = ("unit", "group")
-
-    @property
-    def coords(self) -> dict[str, list]:
-        """Labels of the axes: (site, unit) pairs and group names."""
-        return {"unit": list(zip(self.sites, self.units, strict=True)), "group": list(self.groups)}
-
-    def whole(self) -> Tensor:
-        """(unit,) effect on the whole output."""
-        return self.tensor.double() @ self.group_weights.double()
-
-    def to_dataframe(self, level: float = 0.95) -> pandas.DataFrame:
-        """One row per unit: site, unit, effect on the whole output, low, high (bootstrap over samples), recovery."""
-        import pandas
-
-        values = self.whole().cpu().numpy()
-        low = high = recovered = np.full(len(values), np.nan)
-        if self.replicates is not None:
-            low, high = resampled_intervals(values, self.replicates.numpy(), self.samples, level)
-        if self.recovery is not None:
-            recovered = self.recovery.cpu().numpy()
-        columns = {"site": self.sites, "unit": self.units, "effect": values}
-        return pandas.DataFrame(columns | {"low": low, "high": high, "recovery": recovered})
-
-    def top(self, n: int = 10) -> pandas.DataFrame:
-        """The n units of greatest effect."""
-        return self.to_dataframe().sort_values("effect", ascending=False, ignore_index=True).head(n)
-
-    def to_xarray(self) -> Any:
-        """The tensor as an xarray.DataArray over unit and group, with the coordinate `site`."""
-        try:
-            import xarray
-        except ImportError as error:
-            raise MissingExtra("to_xarray needs xarray: pip install 'vaecirc-fast[xarray]'") from error
-        coords = {"site": ("unit", list(self.sites)), "number": ("unit", list(self.units)), "group": list(self.groups)}
-        return xarray.DataArray(self.tensor.cpu().numpy(), dims=self.dims, coords=coords, name=self.effect)
 
 
 @torch.no_grad()
@@ -187,139 +113,6 @@ def _pair(
     if ablation == "resample" and x_source is None:
         raise InputError('x_source: ablation="resample" takes values from another run; give x_source=')
     return x_base, x_source
-
-
-@dataclass(frozen=True)
-class Target:
-    """One site and its units: labels (E,) the unit of each element of a row, -1 where it is not patched."""
-
-    selection: Selection
-    labels: Tensor
-    units: tuple[int, ...]
-
-    @property
-    def site(self) -> str:
-        return str(Selection(self.selection.site, self.selection.side))
-
-    def value(self, traced: Trace) -> Value:
-        """What passes the site; InputError where it does not run once or gives no tensor."""
-        place = traced.places.get(self.selection.site)
-        return (
-            value_at(place.outputs if self.selection.side == "output" else place.inputs, self.site)
-            if place
-            else (value_at([], self.site))
-        )
-
-
-def value_at(seen: Sequence[Value | None], site: str) -> Value:
-    """The one value that passed a site; InputError names the site where there is none or more."""
-    if not seen:
-        raise InputError(f"{site}: is not reached when the module runs; choose another site")
-    if len(seen) > 1:
-        raise InputError(f"{site}: runs {len(seen)} times in one pass; choose a module that runs once")
-    if seen[0] is None:
-        raise InputError(f"{site}: gives no tensor that comes from the input; choose a module inside it")
-    return seen[0]
-
-
-class Passes:
-    """The module on some of the rows, traced.
-
-    one: the first row's pass, and `values` all it computed, once `look` was called; tile: rows of a whole pass whose
-    activations fit the cache.
-    """
-
-    one: Trace
-    values: dict[Value, Tensor]
-    tile: int
-    looked = False
-
-    def __init__(self, module: nn.Module, args: tuple, rows: int, readout: Readout | None):
-        self.module, self.args, self.rows, self.readout = module, args, rows, readout
-
-    def look(self, sites: Sequence[str]) -> None:
-        """Trace the first row's pass."""
-        self.one = one = self.trace(slice(0, 1), 1, sites)
-        start = dict(zip(one.inputs, self.tensors(slice(0, 1)), strict=True))
-        self.values = one.everything().run(start, {*start, *(v for step in one.steps for v in step.makes)})
-        device = self.values[one.output].device
-        self.looked = True
-        self.tile = max(1, min(most_bytes(device) // self.bytes_of(self.values), LARGEST_TILE))
-
-    def bytes_of(self, some: Iterable[Value]) -> int:
-        """Memory that these values of one row take, each storage once; at least 1."""
-        storages = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for t in map(self.values.get, some)
-            if t is not None
-        }
-        return max(1, sum(storages.values()))
-
-    def output(self, args: tuple) -> Tensor:
-        return read_out(self.module(*args), self.readout)
-
-    def check_repeatable(self, source: tuple | None) -> None:
-        """InputError where a rerun of the first row's operations gives other numbers than the module does, for its own
-        row or the source's."""
-        for name, given in (("", self.args), (" for x_source", source)):
-            args = taken(given or (), self.rows, slice(0, 1))
-            tensors = [a for a in args if isinstance(a, Tensor) and a.ndim]
-            if not given or [t.shape for t in tensors] != [t.shape for t in self.tensors(slice(0, 1))]:
-                continue
-            again = self.one.everything().run(dict(zip(self.one.inputs, tensors, strict=True)))[self.one.output]
-            plain = self.output(args)
-            if bool(torch.isfinite(plain).all()) and not same(again, plain):
-                what = "what it executed" if name else "it"
-                raise InputError(f"module: gives other numbers{name} when {what} runs again; {NOT_REPEATABLE}")
-
-    def tensors(self, part: slice, repeats: int = 1) -> list[Tensor]:
-        """The arguments that are traced, for some rows, each repeated."""
-        return [a for a in taken(self.args, self.rows, part, repeats) if isinstance(a, Tensor) and a.ndim]
-
-    def trace(self, part: slice, repeats: int, sites: Sequence[str]) -> Trace:
-        args = taken(self.args, self.rows, part, repeats)
-        where = [n for n, a in enumerate(args) if isinstance(a, Tensor) and a.ndim]
-
-        def call(*tensors: Tensor) -> Any:
-            full = list(args)
-            for n, t in zip(where, tensors, strict=True):
-                full[n] = t
-            return self.output(tuple(full))
-
-        # two selections of one site are one place
-        made, y = trace(self.module, call, [args[n] for n in where], list(dict.fromkeys(sites)))
-        if y.ndim < 2 or len(y) != len(args[where[0]]):
-            name = "module: its output has" if self.readout is None else "readout: gives"
-            expected = "(rows, ...) with more than the axis of rows"
-            raise InputError(f"{name} shape {tuple(y.shape)} for {len(args[where[0]])} rows, expected {expected}")
-        return made
-
-
-def targets_at(
-    passes: Passes, sites: Sequence[str], unit: str, heads: int | None, reaching: bool = True
-) -> list[Target]:
-    """Sites with their units; of patterns, those that run once and have such units. reaching: refuses, or of patterns
-    leaves out, those of which nothing reaches the output."""
-    found: dict[Selection, Target] = {}
-    chosen = [(s, is_pattern(spec)) for spec in sites for s in resolve(passes.module, spec)]
-    passes.look([str(Selection(s.site, s.side)) for s, _ in chosen])
-    traced = passes.one
-    for s, pattern in chosen:
-        try:
-            bare = Target(s, torch.empty(0), ())
-            value = bare.value(traced)
-            shape = tuple(passes.values[value].shape[1:])
-            mask = s.mask(shape)
-            labels = torch.where(mask, units(shape, unit, heads).labels, -1)
-            if reaching and traced.output not in traced.reached([value]):
-                raise InputError(f"{s}: nothing of it reaches the output; choose a site before it")
-            found.setdefault(s, Target(s, labels, tuple(labels[mask].bincount().nonzero()[:, 0].tolist())))
-        except InputError:
-            if not pattern:
-                raise
-    if not found:
-        raise InputError("sites: none of them runs once, reaches the output and has such units")
-    return list(found.values())
 
 
 class Sources:

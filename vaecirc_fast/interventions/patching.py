@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from ..errors import InputError
-from .engine import channels_last, refuse_train_mode
+from .engine import channels_last, refuse_train_mode, slices
 from .selection import Selection, is_pattern, parse, resolve
 
 ABLATIONS = ("zero", "mean", "mean-positional", "resample", "noise")
@@ -140,8 +140,8 @@ def site_values(
                     raise _Reached
 
             stack.callback(_watch(modules[s.site], s, keep).remove)
-        for n in range(part.start, part.stop, tile):
-            some = slice(n, min(n + tile, part.stop))
+        for s in slices(part.stop - part.start, tile):
+            some = slice(part.start + s.start, part.start + s.stop)
             now.update((name, []) for name in chosen)
             with contextlib.suppress(_Reached):
                 module(*taken(args, rows, some))

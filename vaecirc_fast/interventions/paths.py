@@ -19,7 +19,7 @@ from ..metrics.statistics import resampled_interval, resampling_weights
 from ..ops import effect_reduction
 from .engine import slices
 from .forcing import GroupMeans, Held, Holding, Pairs, chosen_units, chosen_whole, mixed
-from .patch_sweeps import Target
+from .passes import Target
 from .patching import Readout, device_of, inputs_of, quiet
 from .selection import Selection, is_pattern, parse, units
 from .trace import Program, Trace, Value

@@ -15,7 +15,8 @@ from .circuits import Circuit, Motifs
 from .discovery import discover, motifs
 from .edges import DirectEdges, direct_edges
 from .mediation import Mediation, mediate
-from .patch_sweeps import PatchEffects, ablate, patch_sweep
+from .patch_effects import PatchEffects
+from .patch_sweeps import ablate, patch_sweep
 from .patching import Cache
 from .paths import PathEffects, path_patch
 from .selection import matching_sites

@@ -20,7 +20,9 @@ from ..errors import InputError
 from ..groups import Groups
 from ..metrics.causal import REPLICATES
 from ..metrics.statistics import FEW, poisson_weights
-from .patch_sweeps import Passes, PatchEffects, Sources, Sweep, Target, check_measure, targets_at
+from .passes import Passes, Target, targets_at
+from .patch_effects import PatchEffects
+from .patch_sweeps import Sources, Sweep, check_measure
 from .patching import Readout, device_of, inputs_of, quiet
 
 STATE = "patch_sweep.safetensors"

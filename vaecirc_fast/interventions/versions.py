@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .engine import most_bytes
-from .patch_sweeps import LARGEST_TILE, value_at
+from .passes import LARGEST_TILE, value_at
 from .patching import device_of
 from .trace import NOT_REPEATABLE, Program, Trace, Value, laid_out, same, trace
 

@@ -302,27 +302,30 @@ def battery(
         raise InputError("exact: needs the whole factor grid, and these images are not one; leave it out")
     import scipy.stats  # noqa: F401  here, so that no metric's seconds are those of its imports
     import sklearn.linear_model  # noqa: F401
+    from threadpoolctl import threadpool_limits
 
     s = _Samples(encoded, exact, samples, test_samples, replicates, dci_replicates, seed, level)
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
-    for name in METRICS if only is None else [name for name in METRICS if name in only]:
-        metric = METRICS[name]
-        began = time.perf_counter()
-        try:
-            if metric.labels and encoded.labelled is None:
-                raise InputError("needs labels, and no factor of this data set varies")
-            found = list(metric.run(s))
-        except InputError as error:
-            # bad codes are the fault of all metrics, and a metric that was asked for by name is missed
-            if only is not None or str(error).startswith(
-                ("codes: expected finite", "codes: expected latents", "logvar")
-            ):
-                raise InputError(f"{name}: {error}") from error
-            left_out[name] = str(error)
-            continue
-        seconds = (time.perf_counter() - began) / len(found)
-        rows += [_row(key, value, metric, s, seconds) for key, value in found]
+    # products of these sizes gain nothing from threads and, on a busy machine, wait for them
+    with threadpool_limits(1, "blas"):
+        for name in METRICS if only is None else [name for name in METRICS if name in only]:
+            metric = METRICS[name]
+            began = time.perf_counter()
+            try:
+                if metric.labels and encoded.labelled is None:
+                    raise InputError("needs labels, and no factor of this data set varies")
+                found = list(metric.run(s))
+            except InputError as error:
+                # bad codes are the fault of all metrics, and a metric that was asked for by name is missed
+                if only is not None or str(error).startswith(
+                    ("codes: expected finite", "codes: expected latents", "logvar")
+                ):
+                    raise InputError(f"{name}: {error}") from error
+                left_out[name] = str(error)
+                continue
+            seconds = (time.perf_counter() - began) / len(found)
+            rows += [_row(key, value, metric, s, seconds) for key, value in found]
     if left_out:
         reasons = "; ".join(f"{name} ({why})" for name, why in left_out.items())
         warnings.warn(f"battery: left out {reasons}", stacklevel=2)

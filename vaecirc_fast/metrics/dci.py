@@ -76,7 +76,7 @@ def _shown(estimate: Estimate) -> str:
 
 def dci(
     codes: Any,
-    factors: Any,
+    factors: Any = None,
     *,
     train: int = 10_000,
     test: int = 5_000,

@@ -207,8 +207,10 @@ def _logistic_regression(x: np.ndarray, y: np.ndarray) -> Any:
 
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
-    with warnings.catch_warnings():
+    # ten columns and a few classes: on several threads most of the time is waiting for them
+    with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)  # codes of a huge scale: the last iterate stands
         return LogisticRegression(max_iter=1000).fit(x, y)
 

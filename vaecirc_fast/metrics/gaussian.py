@@ -114,7 +114,7 @@ def _total_correlation(covariance: np.ndarray) -> np.ndarray:
     varies = (sd > 0).all(1)
     sd = np.where(sd > 0, sd, 1)
     roots = np.linalg.eigvalsh(covariance / sd[:, :, None] / sd[:, None, :])
-    regular: np.ndarray = varies & (roots > SINGULAR * max(1, roots.shape[1])).all(1)
+    regular = np.logical_and(varies, (roots > SINGULAR * max(1, roots.shape[1])).all(1))
     logs = np.log(np.where(regular[:, None], roots, 1)).sum(1)
     return np.where(regular, np.maximum(-logs / 2, 0), np.inf)
 

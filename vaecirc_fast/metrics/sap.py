@@ -38,7 +38,7 @@ class Sap(Estimate):
 
 def sap(
     codes: Any,
-    factors: Any,
+    factors: Any = None,
     *,
     continuous: bool = False,
     train: int = 10_000,
@@ -301,7 +301,8 @@ class _Machines:
             if sign < 0:
                 below, whole = self.all[:, place] - below, self.all[:, -1:] - whole
             sums.append(np.where((w * sign >= 0), below, whole - below))
-        return tuple(np.stack(parts) for parts in zip(*sums, strict=True))
+        count, first, second = np.stack(sums, 1)
+        return count, first, second
 
 
 def _running(x: np.ndarray) -> np.ndarray:

@@ -17,15 +17,17 @@ Side = Literal["above", "below", "overlaps", "unknown"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One metric of one group: `estimate` over its trained seeds and `control` over the same networks untrained, None
-    where no run has the metric; `values`: (seed, value) of each trained run; `side`: where the estimate's interval lies
-    against the control's, "unknown" unless both are bounded and the estimate has a spread.
+    """One metric of one group: `estimate` over its trained seeds, `control` over the same networks untrained and
+    `permuted` over the trained ones with permuted activations, None where no run has the metric; `values`: (seed,
+    value) of each trained run; `side`: where the estimate's interval lies against the control's, "unknown" unless both
+    are bounded and the estimate has a spread.
     """
 
     estimate: Estimate | None
     control: Estimate | None
     values: tuple[tuple[int, float | None], ...]
     side: Side
+    permuted: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ def _cell(name: str, runs: Sequence[Run]) -> Cell:
     untrained = [run.result["control"]["untrained"][name]["value"] for run in runs]
     estimate = over_seeds(found, draws)
     control = over_seeds([value for value in untrained if value is not None])
-    return Cell(estimate, control, values, _side(estimate, control))
+    permuted = [run.result["control"].get("permuted", {}).get(name, {}).get("value") for run in runs]
+    null = over_seeds([value for value in permuted if value is not None])
+    return Cell(estimate, control, values, _side(estimate, control), null)
 
 
 def over_seeds(values: Sequence[float], draws: Sequence[Sequence[float]] = ()) -> Estimate | None:

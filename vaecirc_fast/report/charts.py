@@ -18,26 +18,32 @@ NARROW, WIDE = 340, 440  # of drawings that stand three and two in a row
 
 @dataclass(frozen=True)
 class Dots:
-    """A row of `dots`: a configuration trained and untrained, with `values` a seed each; `heading` starts a block."""
+    """A row of `dots`: a configuration trained, untrained and permuted, with `values` a seed each; `heading` starts a
+    block."""
 
     label: str
     estimate: Estimate | None
     control: Estimate | None
     values: Sequence[float]
     heading: str = ""
+    permuted: Estimate | None = None
+
+    @property
+    def controls(self) -> tuple[Estimate | None, ...]:
+        return self.control, self.permuted
 
 
 def dots(rows: Sequence[Dots], label: str, what: str) -> str:
-    """Estimates (filled) above their controls (hollow) with intervals, a stroke for every seed.
+    """Estimates (filled) above their controls (hollow, permuted ones grey) with intervals, a stroke for every seed.
 
     The axis holds all estimates, controls and seeds. An interval that leaves it is cut and ends in an arrow.
     """
     labels = [textwrap.wrap(row.label, 24, max_lines=2, placeholder=" …") for row in rows]
     left = 16 + CHARACTER * max(len(words) for lines in labels for words in lines)
-    points = [v for row in rows for v in row.values] + [e.value for r in rows for e in (r.estimate, r.control) if e]
+    points = [v for row in rows for v in row.values] + [e.value for r in rows for e in (r.estimate, *r.controls) if e]
     scale = Scale(*_range(points, rows), left, NARROW - 12)
     headings = sum(bool(row.heading) for row in rows)
-    bottom = 8 + 34 * len(rows) + 18 * headings
+    bottom = 8 + 34 * len(rows) + 13 * sum(row.permuted is not None for row in rows) + 18 * headings
     parts = [x_axis(scale, bottom, label, top=4)]
     y = 8.0
     for row, lines in zip(rows, labels, strict=True):
@@ -53,6 +59,9 @@ def dots(rows: Sequence[Dots], label: str, what: str) -> str:
             parts.append(text(scale.start + 6, y + 13, "not trained", cls="tick"))
         if row.control:
             parts.append(_whisker(row.control, scale, y + 22, "control"))
+        if row.permuted:
+            parts.append(_whisker(row.permuted, scale, y + 35, "permuted"))
+            y += 13
         y += 34
     return picture("".join(parts), NARROW, bottom + 36, what)
 
@@ -64,22 +73,23 @@ def dots_key() -> str:
     lines = [
         (_whisker(trained, scale, 22, "estimate"), 22, "trained: mean over seeds, 95 % interval"),
         (_whisker(control, scale, 46, "control"), 46, "untrained control, likewise"),
-        ("".join(line(x, 65, x, 75, "seed") for x in (36.0, 55.0)), 70, "single seeds, trained"),
+        (_whisker(control, scale, 70, "permuted"), 70, "permuted control, likewise"),
+        ("".join(line(x, 89, x, 99, "seed") for x in (36.0, 55.0)), 94, "single seeds, trained"),
         (
-            _whisker(Estimate(0.5, 0.2, 9.0), Scale(0, 0.8, 0, 72), 94, "estimate"),
-            94,
+            _whisker(Estimate(0.5, 0.2, 9.0), Scale(0, 0.8, 0, 72), 118, "estimate"),
+            118,
             "interval goes on beyond the axis",
         ),
     ]
     parts = [drawn + text(96, y + 4, words, cls="label") for drawn, y, words in lines]
-    return picture("".join(parts), NARROW, 110, "Key to the signs in these panels")
+    return picture("".join(parts), NARROW, 134, "Key to the signs in these panels")
 
 
 def _range(points: list[float], rows: Sequence[Dots]) -> tuple[float, float]:
     """From 0 or below to beyond the greatest point; intervals may double it, no more."""
     low, high = min([0.0, *points]), max([0.0, *points])
     span = (high - low) or 1.0
-    ends = [b for row in rows for e in (row.estimate, row.control) if e for b in (e.low, e.high) if math.isfinite(b)]
+    ends = [b for row in rows for e in (row.estimate, *row.controls) if e for b in (e.low, e.high) if math.isfinite(b)]
     high = max([high + 0.06 * span, *(e for e in ends if e <= high + 0.5 * span)])
     low = min([low, *(e for e in ends if e >= low - 0.3 * span)])
     return low, high

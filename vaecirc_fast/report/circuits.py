@@ -97,7 +97,8 @@ def mediators(data: str, groups: Sequence[Group]) -> Figure:
         "Share of the effect of a change that passes through one latent’s mean: total NIE / TE, means over pairs "
         "divided; the outcome is that of the table below. Columns: active latents from the greatest posterior CES to "
         "the least. A row adds up to 1 where the decoder adds up what latents do, and to something else where they "
-        "interact. Below 0: the latent works against the change."
+        "interact. Below 0: the latent works against the change. Intervals: of the greatest in the table, of all in "
+        "the runs’ result.json."
     )
     ticks = svg.Scale(0, top, 0, 1).ticks(4)
     bar = pictures.shade_bar(top, ticks, svg.tick_labels(ticks), "share mediated, dimensionless")

@@ -46,7 +46,7 @@ class Figure:
 
 
 def against_untrained(groups: Sequence[Group], definitions: Mapping[str, tuple[str, str]]) -> Figure:
-    """Every metric of every group beside its untrained control."""
+    """Every metric of every group beside its untrained and its permuted control."""
     panels = []
     for name, (unit, _) in definitions.items():
         rows, last = [], ""
@@ -56,17 +56,18 @@ def against_untrained(groups: Sequence[Group], definitions: Mapping[str, tuple[s
                 continue
             values = [value for _, value in cell.values if value is not None]
             heading = group.data if group.data != last else ""
-            rows.append(Dots(group.label, cell.estimate, cell.control, values, heading))
+            rows.append(Dots(group.label, cell.estimate, cell.control, values, heading, cell.permuted))
             last = group.data
         label = unit or "dimensionless"
         panels.append(Panel(metric_name(name), charts.dots(rows, label, f"{metric_name(name)}, trained and untrained")))
     panels.append(Panel("Key", charts.dots_key()))
     caption = Markup(
         "Filled: mean over the trained seeds. Hollow: the same networks before training, judged on the same images. "
+        "Grey, dashed: the trained networks with permuted activations, where a metric has such a control. "
         "Upright strokes: single seeds. Whiskers: 95&nbsp;% intervals over seeds, as in Table&nbsp;1; one that leaves "
         "the axis is cut and ends in an arrow."
     )
-    title = "Trained networks against their untrained controls."
+    title = "Trained networks against their controls."
     return Figure("trained-untrained", title, caption, tuple(panels), narrow=True)
 
 

@@ -141,6 +141,9 @@ def _check(result: dict[str, Any]) -> None:
                 number = metrics[name][key]
                 if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
                     raise TypeError(f"{name} is no number: {number!r}")
+    for name, entry in result["control"].get("permuted", {}).items():  # from the fourth protocol on
+        if isinstance(entry["value"], bool) or not isinstance(entry["value"], int | float):
+            raise TypeError(f"permuted {name} is no number: {entry['value']!r}")
     for draws in result["replicates"].values():
         if not all(isinstance(draw, int | float) and math.isfinite(draw) for draw in draws):
             raise ValueError("replicates are not all numbers")

@@ -34,6 +34,7 @@ class Block:
     count: str
     estimates: Sequence[Printed]
     controls: Sequence[Printed]
+    permuted: Sequence[Printed]
     seeds: str
     values: Sequence[str]
 
@@ -56,9 +57,10 @@ class Places:
         self._controls = dict(self._found)
         for group in groups:
             for name, cell in group.cells.items():
-                if cell.control and (group.data, name) not in self._counts:
-                    places = min(decimals([cell.control.value], 2), self._found[group.data, name] + 2)
-                    self._controls[group.data, name] = max(self._controls[group.data, name], places)
+                for control in (cell.control, cell.permuted):
+                    if control and (group.data, name) not in self._counts:
+                        places = min(decimals([control.value], 2), self._found[group.data, name] + 2)
+                        self._controls[group.data, name] = max(self._controls[group.data, name], places)
 
     def mean(self, data: str, name: str) -> int:
         return self._found[data, name]
@@ -86,7 +88,8 @@ def main_blocks(groups: Sequence[Group], names: Iterable[str], places: Places) -
                 group.label,
                 _trained_count(group),
                 [_estimated(cell, p) for cell, p in zip(cells, means, strict=True)],
-                [_controlled(cell, p) for cell, p in zip(cells, controls, strict=True)],
+                [_controlled(cell and cell.control, p) for cell, p in zip(cells, controls, strict=True)],
+                [_controlled(cell and cell.permuted, p) for cell, p in zip(cells, controls, strict=True)],
                 f"seed{'s' if len(seeds) > 1 else ''} {ranged(seeds)}" if seeds else "",
                 [_values(cell, p) for cell, p in zip(cells, singles, strict=True)],
             )
@@ -114,10 +117,10 @@ def _estimated(cell: Cell | None, places: int) -> Printed:
     return Printed(number(cell.estimate.value, places), bracketed(cell.estimate, places), SIDES[cell.side])
 
 
-def _controlled(cell: Cell | None, places: int) -> Printed:
-    if cell is None or cell.control is None:
+def _controlled(control: Estimate | None, places: int) -> Printed:
+    if control is None:
         return Printed(NOTHING)
-    return Printed(number(cell.control.value, places), bracketed(cell.control, places))
+    return Printed(number(control.value, places), bracketed(control, places))
 
 
 def bracketed(estimate: Estimate, places: int) -> str:

@@ -253,7 +253,7 @@ def circuit_graph_of(model: VAE, ds: Dataset, *, pairs: int, units: int, seed: i
 
 
 def _unbounded(values: Mapping[str, float | None], n: int) -> dict[str, dict[str, Any]]:
-    """Modularity has no interval within a run: resampled edges are noisier, and so of another modularity."""
+    """Modularity has no interval within a run: each replicate would cost as much as the estimate (decision 022)."""
     return {
         name: {"value": value, "low": None, "high": None, "resampled": "", "n": n, "level": 0.95}
         for name, value in values.items()

@@ -162,7 +162,8 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
     """Train and measure one model and its untrained twin; the result, with files beside it in the run's directory."""
     c = run.config
     model = build(c, ds, device)
-    untrained = measure(model, ds, images=c["images"], sweep_images=c["sweep_images"], seed=EVALUATION_SEED)
+    judged = {"images": c["images"], "sweep_images": c["sweep_images"], "seed": EVALUATION_SEED}
+    untrained = measure(model, ds, **judged, permute=False)
     started = time.perf_counter()
     trained = training.fit(
         build(c, ds, device),
@@ -177,7 +178,7 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
         progress=progress,
     )
     seconds = time.perf_counter() - started
-    measured = measure(trained.model, ds, images=c["images"], sweep_images=c["sweep_images"], seed=EVALUATION_SEED)
+    measured = measure(trained.model, ds, **judged)
     inputs = {
         "trained": manipulate(trained.model, ds, pairs=c["pairs"], seed=EVALUATION_SEED),
         "untrained": manipulate(model, ds, pairs=c["pairs"], seed=EVALUATION_SEED),
@@ -200,7 +201,10 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
         "latents": measured.latents,
         "inputs": inputs,
         **({"circuits": circuits.found} if circuits else {}),
-        "control": {"untrained": untrained.metrics | (circuits.control if circuits else {})},
+        "control": {
+            "untrained": untrained.metrics | (circuits.control if circuits else {}),
+            "permuted": measured.permuted,
+        },
         "definitions": {name: {"unit": unit, "definition": text} for name, (unit, text) in definitions.items()},
         "history": trained.history.to_dict("records"),
         "machine": {

@@ -14,9 +14,12 @@ from ..data import Dataset
 from ..groups import Groups, mosaic
 from ..interventions import Effects, latent_sweep
 from ..models import VAE
+from .control_metrics import exchanged_specificity
+from .control_models import unit_wise_order
 
 GRIDS = ("fixed", "posterior", "resample")
 PICTURES = 8
+PERMUTATIONS = 5
 TRAVERSE_STEPS = 7
 
 # Name, unit and definition of every number in the tables.
@@ -33,12 +36,14 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """`metrics`: name -> {value, low, high, resampled, n, ...}; `replicates`: bootstrap replicates of the model-level
-    causal metrics; `latents`: a row per latent; `effects` by grid; `pictures`: images (n, C, H, W) uint8; `plans` of
-    the sweeps.
+    """`metrics`: name -> {value, low, high, resampled, n, ...}; `permuted`: likewise, of unit-wise permuted
+    activations, for the metrics that have such a null; `replicates`: bootstrap replicates of the model-level causal
+    metrics; `latents`: a row per latent; `effects` by grid; `pictures`: images (n, C, H, W) uint8; `plans` of the
+    sweeps.
     """
 
     metrics: dict[str, dict[str, Any]]
+    permuted: dict[str, dict[str, Any]]
     replicates: dict[str, list[float]]
     latents: list[dict[str, Any]]
     trained: bool
@@ -54,8 +59,11 @@ def image_cells(shape: tuple[int, int, int]) -> Groups:
 
 
 @torch.no_grad()
-def measure(model: VAE, ds: Dataset, *, images: int, sweep_images: int, seed: int) -> Measurement:
-    """Measure `model` on `images` images of `ds` (all where it has fewer), sweeping the first `sweep_images`."""
+def measure(model: VAE, ds: Dataset, *, images: int, sweep_images: int, seed: int, permute: bool = True) -> Measurement:
+    """Measure `model` on `images` images of `ds` (all where it has fewer), sweeping the first `sweep_images`.
+
+    permute: whether to measure it with permuted activations too.
+    """
     model.eval()
     x, v = _evaluation_images(ds, images, seed)
     mu, logvar, loss = _encode(model, x)
@@ -99,6 +107,7 @@ def measure(model: VAE, ds: Dataset, *, images: int, sweep_images: int, seed: in
     )
     return Measurement(
         metrics={name: _plain(asdict(estimate)) for name, estimate in estimates.items()},
+        permuted=_permuted(model, mu, v, z, scale, groups, seed) if permute else {},
         replicates=replicates,
         latents=[_plain(row) for row in latents.to_dict("records")],
         trained=reconstruction.trained,
@@ -106,6 +115,26 @@ def measure(model: VAE, ds: Dataset, *, images: int, sweep_images: int, seed: in
         pictures=_pictures(model, x, v, mu, scale),
         plans={grid: e.plan for grid, e in effects.items()},
     )
+
+
+def _permuted(
+    model: VAE, mu: Tensor, v: Tensor, z: Tensor, scale: Tensor, groups: Groups, seed: int
+) -> dict[str, dict[str, Any]]:
+    """MIG of codes (N, L) of which each latent is permuted over images by itself, and specificity where in each image
+    the effects are permuted among latents: means of `PERMUTATIONS`, with the interval in which one more falls."""
+    drawn = {}
+    if bool((v != v[0]).any()):
+        orders = (unit_wise_order(mu, seed + k) for k in range(PERMUTATIONS))
+        drawn["mig"] = [metrics.mig(mu.gather(0, o).cpu(), v.cpu(), replicates=0).value for o in orders]
+    effects = latent_sweep(
+        *(model.decoder, z), grid="posterior", scale=scale, groups=groups, effect="l1", seed=seed, reduce=None
+    )
+    drawn["specificity"] = [exchanged_specificity(effects, seed + k) for k in range(PERMUTATIONS)]
+    return {
+        name: _plain(asdict(metrics.statistics.prediction_interval(values, resampled="permutations")))
+        for name, values in drawn.items()
+        if all(map(math.isfinite, values))
+    }
 
 
 def _evaluation_images(ds: Dataset, images: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interventions.live_memory import LiveMemory
@@ -14,7 +15,7 @@ from torch import nn
 
 import vaecirc_fast as vf
 from vaecirc_fast import groups as partitions
-from vaecirc_fast import planted
+from vaecirc_fast import models, planted
 from vaecirc_fast.errors import InputError
 from vaecirc_fast.interventions import direct_edges, discover, motifs
 from vaecirc_fast.interventions.forcing import Pairs
@@ -420,6 +421,38 @@ def test_tokens_heads_arguments_and_readouts(unit, specs):
         m.discover((x, 2.0), (other, 2.0), sites=[site])
     with pytest.raises(InputError, match="its output is dict; readout= must choose"):
         m.discover((x, 2.0), (other, 2.0), "output.mean", sites=[site])
+
+
+@pytest.mark.parametrize("sites", [["decoder.ct1"], ["decoder.fc2", "decoder.ct1"], ["decoder.fc1[:40]"]])
+def test_rounds_behind_which_is_a_kernel(sites):
+    """Float32 in the kernels against float64 in torch's layers; more units than the goal needs, chosen alike."""
+    torch.manual_seed(3)
+    module = models.build("vae", (1, 16, 16), 3, net="conv", width=0.25).eval()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(2)
+    x, other = torch.rand(2, 6, 1, 16, 16)
+    options = {"sites": sites, "max_units": 3, "faithfulness": 1, "edges": False}
+    C = discover(module, x, other, **options)
+    exact = discover(module.double(), x.double(), other.double(), **options)
+    assert C.nodes == exact.nodes and len(C) == 3
+    assert np.allclose(C.gains, exact.gains, rtol=1e-3, atol=1e-5)
+
+    def distances(module, x, other, kernels=True):
+        pairs = Pairs(module, x, other, sites)
+        with torch.no_grad():
+            joint = Joint(pairs, candidates_of(pairs, lambda _: True)[0], "mse", partitions.whole(256))
+            assert bool(joint._kernels) == (x.dtype == torch.float32)
+            if not kernels:
+                joint._kernels = {}
+            common = frozenset(joint.units[:1])
+            return joint.distances(common, [frozenset([u]) for u in joint.units[1:]])
+
+    truth = distances(module, x.double(), other.double())
+    module.float()
+    by_kernel, plain = (distances(module, x, other, kernels).float() for kernels in (True, False))
+    unit = torch.full_like(truth, 4.0 * len(x))  # outputs are at most 1
+    assert_close(by_kernel, plain, truth, terms=256 + 400, unit=unit)
 
 
 # --- edges -----------------------------------------------------------------------------------------------------------

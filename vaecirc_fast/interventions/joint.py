@@ -14,6 +14,7 @@ from ..ops import effect_reduction
 from .engine import slices
 from .forcing import Held, Holding, Pairs, mixed
 from .passes import Target
+from .patch_kernels import kernels_behind
 from .patch_sweeps import Weights
 from .selection import Selection
 from .trace import Trace, Value
@@ -94,6 +95,9 @@ class Joint:
         self.units: list[Unit] = [(s, u) for s, c in enumerate(candidates) for u in c.target.units]
         self.evaluations = self.ran = self.asked = 0
         self.repeats = pairs.repeats(len(self.units))
+        targets = [c.target for c in candidates]
+        behind = kernels_behind(pairs.passes, targets, True)
+        self._kernels = {s: behind[t.selection] for s, t in enumerate(targets) if t.selection in behind}
         self._shapes: dict[int, _Shape] = {}
         self._kept: dict[int, _Part] = {}
         self._checked: set[int] = set()
@@ -215,6 +219,9 @@ class Joint:
                     by_first.setdefault(site, []).append(v)
                     break
         for first, variants in by_first.items():
+            if self._by_kernel(first, common, [toggles[v] for v in variants]):
+                out[:, variants] = self._single(part, run, first, [u for v in variants for _, u in toggles[v]])
+                continue
             for chunk in slices(len(variants), self.repeats):
                 here = variants[chunk]
                 sets = [common ^ toggles[v] for v in here]
@@ -223,6 +230,22 @@ class Joint:
         self.ran += part.size * sum(map(len, by_first.values()))
         self.asked += part.size * len(toggles)
         return out
+
+    def _by_kernel(self, first: int, common: frozenset[Unit], toggles: Sequence[frozenset[Unit]]) -> bool:
+        """Whether these are single units of a site with a kernel behind it, put in, and nothing is set behind it."""
+        if first not in self._kernels or any(s > first for s, _ in common):
+            return False
+        return all(len(t) == 1 and t.isdisjoint(common) for t in toggles)
+
+    def _single(self, part: _Part, run: _Patched, site: int, units: Sequence[int]) -> Tensor:
+        """(size, U) distances where each of the units is put into the run by itself, by the kernel behind the site."""
+        value, target = part.shape.values[site], self.candidates[site].target
+        base, source = (a[value][:: self.repeats] for a in (run.values, part.source))
+        order = sorted(set(units))
+        effects = self._kernels[site].effects(
+            base, source, replace(target, units=tuple(order)), self.effect, self.measured, against="source"
+        )
+        return effects[:, [order.index(u) for u in units], 0].double().cpu()
 
     def _changing(self, part: _Part, run: _Patched, site: int) -> set[int]:
         """Units of the site whose value the patch would change; all that follows of the others is as it was."""

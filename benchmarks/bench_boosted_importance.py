@@ -7,6 +7,7 @@ the first 10 rounds of all factors, as ours then does, and all rounds of the fac
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,9 +58,8 @@ def test_trees(benchmark, case: str, form: str) -> None:
 
     def by_histograms() -> None:
         for v in labels.T.numpy():
-            machine = HistGradientBoostingClassifier(
-                max_iter=rounds, max_depth=3, early_stopping=False, min_samples_leaf=1
-            ).fit(x.numpy(), v)
+            options: dict[str, Any] = {"max_depth": 3, "early_stopping": False, "min_samples_leaf": 1}
+            machine = HistGradientBoostingClassifier(max_iter=rounds, **options).fit(x.numpy(), v)
             machine.predict(x.numpy())
             machine.predict(test.numpy())
 

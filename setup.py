@@ -15,6 +15,7 @@ from setuptools import find_packages, setup
 from setuptools.errors import CompileError
 
 OPS = [
+    "boosted_importance",
     "direct_edges",
     "effect_reduction",
     "histogram_mi",

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common.h"
+#include "cpu/boosted_importance.h"
 #include "cpu/direct_edges.h"
 #include "cpu/effect_reduction.h"
 #include "cpu/histogram_mi.h"
@@ -30,6 +31,7 @@ namespace {
 
 struct Kernels {
     const char* set;
+    bool (*boosted_importance)(const BoostedImportance&);
     void (*direct_edges)(const DirectEdges&);
     bool (*effect_reduction)(const EffectReduction&);
     bool (*effect_reduction_backward)(const EffectReductionBackward&);
@@ -56,6 +58,7 @@ struct Kernels {
 
 #define VAECIRC_KERNELS(set)         \
     {#set,                           \
+     set::boosted_importance,        \
      set::direct_edges,              \
      set::effect_reduction,          \
      set::effect_reduction_backward, \
@@ -184,6 +187,16 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_instruction_set", &set_instruction_set);
     m.def("instruction_set", [] { return chosen->set; });
 
+    m.def("boosted_importance", [](const std::array<uintptr_t, 7>& in, const std::array<int64_t, 5>& sizes,
+                                   const std::array<uintptr_t, 3>& out, int threads) {
+        py::gil_scoped_release release;
+        const auto [x, order, labels, classes, keys, prior, x_test] = in;
+        const auto [N, L, K, T, rounds] = sizes;
+        checked(chosen->boosted_importance({at<float>(x), at<int32_t>(order), N, L, at<int32_t>(labels),
+                                            at<int64_t>(classes), K, at<uint64_t>(keys), at<double>(prior),
+                                            at<float>(x_test), T, rounds, at<double>(out[0]), at<int32_t>(out[1]),
+                                            at<int32_t>(out[2]), threads}));
+    });
     m.def("direct_edges", [](uintptr_t change, uintptr_t weight, uintptr_t pre, int64_t B, int64_t U, int64_t V,
                              int activation, float slope, int kind, uintptr_t out, int threads) {
         py::gil_scoped_release release;
@@ -235,11 +248,12 @@ PYBIND11_MODULE(_C, m) {
                                             rows_of("latent_sweep", network, layers)}));
           });
     m.def("patch_mix", [](uintptr_t base, uintptr_t source, uintptr_t order, uintptr_t starts, uintptr_t stops,
-                          int64_t L, const NetworkArguments& network) {
+                          uintptr_t reference, int64_t L, const NetworkArguments& network) {
         py::gil_scoped_release release;
         std::vector<SweepLayer> layers;
-        checked(chosen->patch_mix({at<float>(base), at<float>(source), at<int64_t>(order), at<int64_t>(starts),
-                                   at<int64_t>(stops), L, rows_of("patch_mix", network, layers)}));
+        checked(
+            chosen->patch_mix({at<float>(base), at<float>(source), at<int64_t>(order), at<int64_t>(starts),
+                               at<int64_t>(stops), at<float>(reference), L, rows_of("patch_mix", network, layers)}));
     });
     m.def("render_sprites",
           [](uintptr_t factors, int64_t B, const std::array<int64_t, 6>& sizes, uintptr_t x, int64_t vertices,

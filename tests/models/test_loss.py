@@ -5,6 +5,7 @@ import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from vaecirc_fast import models
+from vaecirc_fast.errors import InputError
 from vaecirc_fast.models.vae import sample_posterior
 
 SHAPE = (2, 9, 8)
@@ -128,3 +129,28 @@ def test_trials_count_every_binary_pixel():
     terms = model.terms(pixels.mean(0), logits, mu, mu, logvar)
     torch.testing.assert_close(terms["reconstruction"], -Bernoulli(logits=logits).log_prob(pixels).sum())
     assert models.build(**model.config()).trials == 16
+
+
+# --- constant sigma --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma, expected", [(0.5, [0.5] * 3), ((0.1, 1.0, 2.0), [0.1, 1.0, 2.0])])
+def test_a_constant_sigma_takes_the_place_of_the_encoders(sigma, expected, tmp_path):
+    model = models.build("beta_vae", (1, 8, 8), latents=3, net="mlp", sigma=sigma)
+    x = torch.rand(5, 1, 8, 8)
+    mu, logvar = model.encode(x)
+    assert torch.exp(0.5 * logvar).detach().numpy() == pytest.approx(torch.tensor([expected] * 5).numpy())
+    assert torch.equal(mu, model.encoder(x)[0])
+    model.loss(x)["loss"].backward()
+    assert model.encoder.mu.weight.grad is not None and model.encoder.logvar.weight.grad is None
+    models.save(model, tmp_path / "m.safetensors")
+    again = models.load(tmp_path / "m.safetensors")
+    assert again.config() == model.config() and again.sigma == tuple(expected)
+    assert torch.equal(again.encode(x)[1], logvar)
+    assert "sigma" not in models.build("vae", (1, 8, 8), latents=3, net="mlp").config()
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1, (0.5, 0.5), "small", (1.0, 1.0, float("nan"))])
+def test_a_sigma_that_is_none(sigma):
+    with pytest.raises(InputError, match="sigma"):
+        models.build("vae", (1, 8, 8), latents=3, net="mlp", sigma=sigma)

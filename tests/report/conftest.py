@@ -78,10 +78,20 @@ def page():
 @pytest.fixture(scope="session")
 def untrained_study(tmp_path_factory):
     """The smoke study with too few steps to learn anything: two architectures, two seeds, none of them trained."""
+    return small_study(tmp_path_factory.mktemp("report") / "study", seeds=2, circuit_pairs=0)
+
+
+@pytest.fixture(scope="session")
+def untrained_circuits(tmp_path_factory):
+    """One such run with circuits."""
+    sizes = {"circuit_pairs": 8, "circuit_units": 3}
+    return small_study(tmp_path_factory.mktemp("circuits") / "study", seeds=1, architectures=["vae"], **sizes)
+
+
+def small_study(out, **more):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("report") / "study"
-    changes = {"steps": 20, "images": 100, "sweep_images": 8, "pairs": 8, "seeds": 2, "net": "mlp", "data": ["digits"]}
+    changes = {"steps": 20, "images": 100, "sweep_images": 8, "pairs": 8, "net": "mlp", "data": ["digits"], **more}
     image.run(image.Config.preset("smoke", out=out, **changes), progress=False)
     torch.set_num_threads(threads)
     return out
@@ -109,4 +119,13 @@ def study(untrained_study, change, tmp_path):
     shutil.copytree(untrained_study, out, ignore=shutil.ignore_patterns("checkpoint*", "model*"))
     change(out, "digits-vae-*", lambda result: result.update(trained=True))
     change(out, "digits-beta_vae-s0-*", lambda result: result.update(trained=True))
+    return out
+
+
+@pytest.fixture
+def circuits(untrained_circuits, change, tmp_path):
+    """A copy of the run with circuits that counts as trained."""
+    out = tmp_path / "circuits"
+    shutil.copytree(untrained_circuits, out, ignore=shutil.ignore_patterns("checkpoint*", "model*"))
+    change(out, "digits-vae-s0-*", lambda result: result.update(trained=True))
     return out

@@ -216,7 +216,8 @@ def test_undefined_numbers_are_dashes(study, change, page):
     found = page(study)
     assert found.problems == []
     (estimates, controls, seeds), _ = main_rows(found)
-    assert [row[-1].strip() for row in (estimates, controls, seeds)] == ["–", "–", "–, –"]
+    at = METRICS.index("specificity")
+    assert [row[at].strip() for row in (estimates, controls, seeds)] == ["–", "–", "–, –"]
 
 
 def test_effects_of_the_input_over_seeds(study, page):
@@ -295,3 +296,102 @@ def test_a_directory_without_permission(study):
     with pytest.raises(InputError, match="cannot write"):
         report.write(study)
     study.chmod(0o700)
+
+
+def circuit_rows(page):
+    """The table of mediation: rows by title, change and mediator, and TE by title and change."""
+    rows, effects, title, change = {}, {}, "", ""
+    for row in page.tables["mediation-table"][1:]:
+        if len(row) == 1:
+            title = " ".join(row[0].split())
+            continue
+        head = " ".join(row[0].split())
+        if head.startswith("TE "):
+            effects[title, change] = head.removeprefix("TE ")
+        elif head:
+            change = head
+        rows[title, change, row[1].replace(" ", "")] = row[2:]
+    return rows, effects
+
+
+def test_mediation_is_printed_as_the_shown_runs_have_it(circuits, page):
+    rows, effects = circuit_rows(page(circuits))
+    found = results(circuits)["digits-vae-s0"]["circuits"]
+    title = "Digits, VAE, seed 0; 8 pairs of each change"
+    for entry in found["mediation"]:
+        assert_printed(effects[title, entry["variant"]], *(entry["te"][key] for key in ("value", "low", "high")))
+        *latents, unit = entry["rows"]
+        best = sorted(latents, key=lambda row: -row["nie_total"]["value"])[:3]
+        for row, mediator in [(row, f"z{row['unit']}") for row in best] + [(unit, f"{unit['site']}[{unit['unit']}]")]:
+            cells = rows[title, entry["variant"], mediator]
+            for term, cell in zip(("nie_pure", "nie_total", "nde_pure", "interaction", "share"), cells, strict=True):
+                if "within" not in cell and "<" not in cell and ">" not in cell:
+                    assert_printed(cell, *(row[term][key] for key in ("value", "low", "high")))
+
+
+def test_circuits_are_drawn_with_their_numbers(circuits, page):
+    found = page(circuits)
+    assert found.problems == []
+    assert {"patching-digits", "mediation-digits", "graph-digits", "circuits"} <= set(found.ids)
+    result = results(circuits)["digits-vae-s0"]
+    for graph in (result["circuits"]["graph"], result["circuits"]["control"]):
+        assert f"Q = {graph['q']:.3f}, nulls {graph['null']:.3f}" in found.text
+        assert f"{max(graph['communities']) + 1} communities" in found.text
+    for site in result["circuits"]["sites"]:
+        assert f"{site['site']} {site['units']} units, strongest" in found.text
+    row = next(row for row in found.tables["runs-table"] if row[0].startswith("VAE, seed 0"))
+    for cell, name in zip(row[-3:-1], ("circuit_q", "circuit_modularity"), strict=True):
+        assert_printed(cell, result["metrics"][name]["value"])
+    (control,) = (row for row in found.tables["main-table"] if row[0] == "untrained control")
+    for cell, name in zip(control[-2:], ("circuit_q", "circuit_modularity"), strict=True):
+        assert_printed(cell, result["control"]["untrained"][name]["value"])
+
+
+def test_runs_without_circuits_are_reported_without_and_beside_others(study, circuits, page):
+    """As those of the third protocol are."""
+    found = page(study)
+    assert found.problems == [] and "circuits" not in found.ids and "mediation-table" not in found.tables
+    assert "modularity" not in found.text and "circuit" not in report.table(study).lower()
+    (run,) = circuits.glob("runs/*")
+    shutil.copytree(run, study / "runs" / run.name)
+    mixed = page(study)
+    assert mixed.problems == [] and "mediation-table" in mixed.tables
+    row = next(row for row in mixed.tables["runs-table"] if row[0].startswith("β-VAE"))
+    assert [cell.strip() for cell in row[-3:-1]] == ["–", "–"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "other"])
+def test_damaged_circuits_of_one_run_are_noted(circuits, page, damage):
+    run = next(circuits.glob("runs/digits-vae-s0-*"))
+    file = run / "circuits.safetensors"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:200])
+    elif damage == "gone":
+        file.unlink()
+    else:  # of another model
+        shutil.copy(run / "pictures.safetensors", file)
+    found = page(circuits)
+    assert found.problems == [] and f"{run.name}: circuits.safetensors" in found.text
+    assert found.text.count(f"circuits.safetensors of {run.name} cannot be read.") == 3  # the heatmap and both graphs
+    assert "mediation-digits" in found.ids and "mediation-table" in found.tables  # these are in the result
+
+
+@pytest.mark.parametrize("key", ["mediation", "sites", "graph", "change", "pairs"])
+def test_incomplete_circuits_are_named(circuits, change, key):
+    change(circuits, "digits-vae-s0-*", lambda result: result["circuits"].pop(key))
+    with pytest.raises(
+        InputError, match=rf"vae-s0-.*result\.json is not a result of this study \('{key}' is missing\)"
+    ):
+        report.table(circuits)
+
+
+def test_a_model_without_a_graph_says_so(circuits, change, page):
+    def collapse(result):
+        result["circuits"]["graph"] = {}
+        for name in ("circuit_q", "circuit_modularity"):
+            result["metrics"][name]["value"] = None
+
+    change(circuits, "digits-vae-s0-*", collapse)
+    found = page(circuits)
+    assert found.problems == []
+    assert found.text.count("A pair of layers has no effect: there is no graph.") == 1

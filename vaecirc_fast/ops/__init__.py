@@ -1,5 +1,6 @@
 """The ops: one file each, with its checks, its schema, its gradient and its table of kernels."""
 
+from .boosted_importance import boosted_importance
 from .direct_edges import direct_edges
 from .effect_reduction import effect_reduction
 from .histogram_mi import histogram_mi
@@ -14,6 +15,7 @@ from .topk import topk
 from .topk_encode import topk_encode
 
 __all__ = [
+    "boosted_importance",
     "direct_edges",
     "effect_reduction",
     "histogram_mi",

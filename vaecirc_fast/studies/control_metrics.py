@@ -16,7 +16,9 @@ from .. import metrics
 from ..data import Dataset
 from ..errors import InputError
 from ..groups import mosaic
-from ..interventions import latent_sweep
+from ..interventions import Effects, latent_sweep
+from ..metrics.battery import METRICS
+from ..metrics.causal import specificity_of
 from ..metrics.statistics import Estimate
 
 BATCH = 250
@@ -128,14 +130,21 @@ def _specificity(model: Any, ds: Dataset, on: Evaluation) -> Value:
 
 
 def _permuted_specificity(model: Any, ds: Dataset, on: Evaluation, seed: int) -> Value:
-    """Specificity where, in every image by itself, the effects of the latents are permuted among the latents."""
     height, width = on.x.shape[2:]
     effects = _sweep(model, on, "posterior", mosaic(height, width, channels=on.x.shape[1]), reduce=None)
+    value = exchanged_specificity(effects, seed)
+    return Value(Estimate(value, value, value, resampled="nothing", n=1))
+
+
+def exchanged_specificity(effects: Effects, seed: int) -> float:
+    """Specificity of the model where, in every image by itself, the latents' effects are permuted among the latents.
+
+    effects: of a sweep with reduce=None, (sample, latent, step, group).
+    """
     each = effects.step_normalised().double().cpu()  # (sample, latent, group)
     order = torch.rand(each.shape[:2], generator=torch.Generator().manual_seed(seed)).argsort(1)
     mixed = each.gather(1, order[..., None].expand_as(each)).mean(0)
-    value = float(metrics.causal.specificity_of(mixed).nanmean())
-    return Value(Estimate(value, value, value, resampled="nothing", n=1))
+    return float(specificity_of(mixed).nanmean())
 
 
 def _sweep(model: Any, on: Evaluation, grid: str, groups: Any = None, reduce: str | None = "mean") -> Any:
@@ -148,6 +157,20 @@ def _sweep(model: Any, on: Evaluation, grid: str, groups: Any = None, reduce: st
 def _mig(model: Any, ds: Dataset, on: Evaluation) -> Value:
     mu, _ = on.codes(model)
     return Value(metrics.mig(mu.cpu(), on.v.cpu(), factor_names=on.factor_names, seed=on.seed))
+
+
+def _of_battery(key: str, name: str) -> Callable[[Any, Dataset, Evaluation], Value]:
+    """Row `name` of the battery's metric `key`, on the codes and factors of the evaluation's images."""
+
+    def measure(model: Any, ds: Dataset, on: Evaluation) -> Value:
+        mu, _ = on.codes(model)
+        encoded = metrics.Encoded(mu.float().cpu().numpy(), on.v.cpu().numpy(), on.factor_names, False)
+        table = metrics.battery(None, None, only=[key], encoded=encoded, seed=on.seed, progress=False)
+        row = next(row for row in table.to_dict("records") if row["metric"] == name)
+        low, high = (row["value"] if math.isnan(row[bound]) else row[bound] for bound in ("low", "high"))
+        return Value(Estimate(row["value"], low, high, 0.95, row["unit"], row["resampled"] or "nothing", int(row["n"])))
+
+    return measure
 
 
 def _reconstruction(model: Any, on: Evaluation) -> Value:
@@ -174,6 +197,14 @@ KNOWN: dict[str, Metric] = {
         Metric("specificity", _specificity, permuted=_permuted_specificity),
         Metric("reconstruction", lambda model, ds, on: _reconstruction(model, on), side="below"),
     )
+}
+
+
+KNOWN |= {
+    name: Metric(name, _of_battery(key, name))
+    for key, entry in METRICS.items()
+    for name in entry.definitions
+    if entry.labels and name not in KNOWN
 }
 
 

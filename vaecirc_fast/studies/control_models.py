@@ -72,10 +72,13 @@ class ShuffledCodes(nn.Module):
         if not isinstance(codes, tuple) or len(codes) != 2 or codes[0].ndim != 2 or len(codes[0]) < 2:
             raise InputError("permuted: the encoder must give (mu, logvar), (B, L) each with B >= 2 to permute")
         self.calls += 1
-        # torch's CPU generator takes the low 32 bits
-        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + self.calls) & 0xFFFFFFFF)
-        order = torch.rand(codes[0].shape, generator=generator).argsort(0).to(codes[0].device)
+        order = unit_wise_order(codes[0], (self.seed * 0x9E3779B1 + self.calls) & 0xFFFFFFFF)  # torch uses 32 bits
         return codes[0].gather(0, order), codes[1].gather(0, order)
+
+
+def unit_wise_order(codes: Tensor, seed: int) -> Tensor:
+    """For each column of `codes` (N, L) a random order of its rows, to `gather` with: (N, L)."""
+    return torch.rand(codes.shape, generator=torch.Generator().manual_seed(seed)).argsort(0).to(codes.device)
 
 
 def _child(model: nn.Module, name: str) -> nn.Module:

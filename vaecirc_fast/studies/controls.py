@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import math
 import sys
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .. import models, training
 from ..data import Dataset
@@ -27,6 +29,7 @@ from ..metrics.statistics import (
     t_interval,
 )
 from ..sweeps import RunStore
+from ..training.settings import checked_settings
 from .control_metrics import Evaluation, Metric, Value, evaluation, named
 from .control_models import half_frozen, of_constant_sigma, permuted, reinitialised
 
@@ -61,6 +64,7 @@ class Controls:
     table: pandas.DataFrame
     models: pandas.DataFrame
     left_out: dict[str, str]
+    level: float = 0.95
 
     @property
     def passed(self) -> bool:
@@ -78,7 +82,12 @@ class Controls:
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         notes = [f"{row['control']}: {row['note']}" for row in self.table.to_dict("records") if row["note"]]
         notes += [f"{control}: left out, {why}" for control, why in self.left_out.items()]
-        return "\n".join([f"controls of {self.metric}", *lines, *notes])
+        unit = f" in {self.result.unit}" if self.result.unit else ""
+        notes.append(
+            f"intervals at {100 * self.level:g} %, of a null where one more such model falls; of a difference at 90 %, "
+            "for two one-sided tests against the margin"
+        )
+        return "\n".join([f"controls of {self.metric}{unit}", *lines, *notes])
 
 
 def controls(
@@ -104,8 +113,9 @@ def controls(
 ) -> Controls:
     """Compare `metric` of `model` on `ds` with its null and its stability controls. The model is not changed.
 
-    metric: "mig", "ces_raw", "ces_posterior", "ces_resample", "specificity" or "reconstruction", on `images` images
-    (all where there are fewer) and the first `sweep_images` of them for sweeps; or a function of (model, ds) that gives
+    metric: "mig", "ces_raw", "ces_posterior", "ces_resample", "specificity", "reconstruction" or a score of
+    `metrics.battery` that needs factors, on `images` images (all where there are fewer) and the first `sweep_images` of
+    them for sweeps; or a function of (model, ds) that gives
     a number, an `Estimate`, or a pair of that and an array (L,) of values of the latents, for the rank correlation.
 
     *Null* controls, `nulls` models each: "untrained", the architecture drawn anew; "permuted", unit-wise permuted
@@ -129,7 +139,8 @@ def controls(
     measured = named(metric)
     wanted, left_out = _wanted(measured, only)
     counts = {"seeds": seeds, "nulls": nulls, "images": images, "sweep_images": sweep_images}
-    _checked(model, ds, wanted, side, level, counts)
+    settings = {"steps": steps, "batch_size": batch_size, "lr": lr, "precision": precision}
+    _checked(model, ds, wanted, side, level, counts, settings | {"seed": seed})
     on = evaluation(ds, images, sweep_images, seed)
     kept = copy.deepcopy(model).eval()
     result = _measured(kept, ds, measured, on, "the model itself")
@@ -138,46 +149,56 @@ def controls(
     needs_margin = any(control in STABILITY for control in wanted)
     if needs_margin and not (isinstance(margin, int | float) and 0 < margin < math.inf):
         raise InputError(f"margin: expected a positive number in the metric's unit, got {margin!r}")
-    work = _Work(kept, ds, on, {"steps": steps, "batch_size": batch_size, "lr": lr, "precision": precision}, seed)
+    work = _Work(kept, ds, on, settings, seed, progress)
     rows, each = [_result_row(result)], []
     with work.kept_in(out):
         for control in wanted:
-            count = nulls if control in NULLS else seeds
-            values, ratios = [], []
-            for k in range(count):
-                _say(progress, f"controls: {control}, {k + 1} of {count}")
-                if control == "permuted" and measured.permuted is not None:
-                    with torch.no_grad():
-                        values.append(measured.permuted(kept, ds, on, work.first + k))
-                    each.append(_model_row(control, k, values[-1], None, None))
-                    continue
-                other = work.model(control, k, progress)
-                values.append(_measured(other, ds, measured, on, control))
-                ratios.append(on.ratio(other) if control in STABILITY else None)
-                order = work.order(other) if control == "constant sigma" else None
-                agreement = _agreement(result, values[-1], order) if control in STABILITY else None
-                each.append(_model_row(control, k, values[-1], agreement, ratios[-1]))
-            found = [row for row in each if row["control"] == control]
+            compared = work.compared(control, nulls if control in NULLS else seeds, measured, result)
             if control in NULLS:
-                rows.append(_null_row(control, result, values, side or measured.side, level))
+                rows.append(_null_row(control, result, compared, side or measured.side, level))
             else:
-                trained = on.ratio(kept) > TRAINED_RATIO or all(r is None or r <= TRAINED_RATIO for r in ratios)
-                rows.append(_stability_row(control, result, values, found, margin, trained))
-    return Controls(
-        measured.name, _with_unit(result, measured), _frame(rows, COLUMNS), _frame(each, MODEL_COLUMNS), left_out
-    )
+                trained = work.ratio > TRAINED_RATIO or all(m.ratio <= TRAINED_RATIO for m in compared)
+                rows.append(_stability_row(control, result, compared, margin, level, trained))
+            each += [_model_row(control, k, m) for k, m in enumerate(compared)]
+    tables = _frame(rows, COLUMNS), _frame(each, MODEL_COLUMNS)
+    return Controls(measured.name, _with_unit(result, measured), *tables, left_out, level)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """One model that was compared: its value, its rank correlation with the result if any, and what is left of its
+    reducible loss, where it was trained."""
+
+    value: Value
+    agreement: float | None = None
+    ratio: float = math.nan
 
 
 class _Work:
     """Makes the models to compare with, training and storing those that must be trained."""
 
-    def __init__(self, model: Any, ds: Dataset, on: Evaluation, settings: dict[str, Any], seed: int):
-        self.model_itself, self.ds, self.settings = model, ds, settings
+    def __init__(self, model: Any, ds: Dataset, on: Evaluation, settings: dict[str, Any], seed: int, progress: bool):
+        self.model_itself, self.ds, self.settings, self.progress = model, ds, settings, progress
         self.first = FIRST_SEED + 1000 * seed
         self.store: RunStore | None = None
-        with torch.no_grad():
-            self.mu, self.logvar = on.codes(model)
         self.on = on
+
+    @functools.cached_property
+    def codes(self) -> tuple[Tensor, Tensor]:
+        """Posterior means and log-variances (N, L) of the model itself."""
+        with torch.no_grad():
+            return self.on.codes(self.model_itself)
+
+    @property
+    def sigma(self) -> Tensor:
+        """The sd of the model's posteriors, root mean square over the images that it is judged on: (L,)."""
+        return self.codes[1].double().exp().mean(0).sqrt()
+
+    @functools.cached_property
+    def ratio(self) -> float:
+        """What is left of the reducible loss by the model itself."""
+        with torch.no_grad():
+            return self.on.ratio(self.model_itself)
 
     @contextlib.contextmanager
     def kept_in(self, out: str | Path | None):
@@ -189,7 +210,27 @@ class _Work:
         with self.store.lock():
             yield
 
-    def model(self, control: str, k: int, progress: bool) -> Any:
+    def compared(self, control: str, count: int, metric: Metric, result: Value) -> list[_Compared]:
+        """The metric on each of the `count` models of a control."""
+        found = []
+        for k in range(count):
+            if self.progress:
+                print(f"controls: {control}, {k + 1} of {count}", file=sys.stderr)
+            if control == "permuted" and metric.permuted is not None:
+                with torch.no_grad():
+                    found.append(_Compared(metric.permuted(self.model_itself, self.ds, self.on, self.first + k)))
+                continue
+            other = self.model(control, k)
+            value = _measured(other, self.ds, metric, self.on, control)
+            if control in NULLS:
+                found.append(_Compared(value))
+                continue
+            with torch.no_grad():
+                order = self.order(other) if control == "constant sigma" else None
+                found.append(_Compared(value, _agreement(result, value, order), self.on.ratio(other)))
+        return found
+
+    def model(self, control: str, k: int) -> Any:
         """The k-th model of a control, in eval mode."""
         seed = self.first + k
         if control == "untrained":
@@ -197,7 +238,7 @@ class _Work:
         if control == "permuted":
             return permuted(self.model_itself, seed).eval()
         if control == "constant sigma":
-            twin = of_constant_sigma(self.model_itself, self.logvar.double().exp().mean(0).sqrt(), seed)
+            twin = of_constant_sigma(self.model_itself, self.sigma, seed)
         else:
             twin = half_frozen(self.model_itself, seed, control.removesuffix(" retrained"))
         out = None
@@ -205,13 +246,12 @@ class _Work:
             run = self.store.run(f"{control.replace(' ', '-')}-s{k}", self._config(control, seed))
             run.begin()
             out = run.path
-        fitted = training.fit(twin, self.ds, seed=seed, out=out, progress=progress, **self.settings)
+        fitted = training.fit(twin, self.ds, seed=seed, out=out, progress=self.progress, **self.settings)
         return fitted.model.eval()
 
     def order(self, other: Any) -> np.ndarray:
         """The latent of `other` that each latent of the model corresponds to."""
-        with torch.no_grad():
-            return matched_latents(self.mu, self.on.codes(other)[0])
+        return matched_latents(self.codes[0], self.on.codes(other)[0])
 
     def _config(self, control: str, seed: int) -> dict[str, Any]:
         """Everything that the trained model's weights depend on."""
@@ -220,8 +260,8 @@ class _Work:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         where = {"data": self.ds.name, "contents": self.ds.contents, "images": len(self.ds)}
-        # the constant sigma is that of the images judged on
-        sigma = self.logvar.double().exp().mean(0).sqrt().tolist() if control == "constant sigma" else None
+        # which depends on the images judged on
+        sigma = self.sigma.tolist() if control == "constant sigma" else None
         what = {"study": "controls", "control": control, "seed": seed, "weights": digest.hexdigest(), "sigma": sigma}
         return {**what, **where, "model": self.model_itself.config(), **self.settings}
 
@@ -240,7 +280,13 @@ def _wanted(metric: Metric, only: Sequence[str]) -> tuple[list[str], dict[str, s
 
 
 def _checked(
-    model: Any, ds: Dataset, wanted: Sequence[str], side: str | None, level: float, counts: dict[str, int]
+    model: Any,
+    ds: Dataset,
+    wanted: Sequence[str],
+    side: str | None,
+    level: float,
+    counts: dict[str, int],
+    settings: dict[str, Any],
 ) -> None:
     """InputError for whatever would only fail after minutes of training."""
     for name, value in counts.items():
@@ -258,6 +304,8 @@ def _checked(
             f"model: {', '.join(training_needed)} train one of models.build, got {type(model).__name__}; "
             f"pass only={NULLS} for the null controls alone"
         )
+    if isinstance(model, models.VAE) and training_needed:
+        checked_settings(model, ds, schedule="constant", warmup=0, **settings)
     if isinstance(model, models.VAE) and tuple(model.shape) != tuple(ds.shape):
         raise InputError(f"model: is for images {tuple(model.shape)}, but data set {ds.name!r} has {tuple(ds.shape)}")
 
@@ -292,8 +340,8 @@ def _result_row(result: Value) -> dict[str, Any]:
     return row | {"verdict": "", "n": e.n, "resampled": e.resampled, "note": note}
 
 
-def _null_row(control: str, result: Value, values: list[Value], side: str, level: float) -> dict[str, Any]:
-    null = prediction_interval([v.estimate.value for v in values], level)
+def _null_row(control: str, result: Value, compared: list[_Compared], side: str, level: float) -> dict[str, Any]:
+    null = prediction_interval([m.value.estimate.value for m in compared], level)
     e = result.estimate
     cleared = e.low > null.high if side == "above" else e.high < null.low
     row = {"control": control, "kind": "null", "value": null.value, "low": null.low, "high": null.high}
@@ -303,26 +351,32 @@ def _null_row(control: str, result: Value, values: list[Value], side: str, level
 
 
 def _stability_row(
-    control: str, result: Value, values: list[Value], found: list[dict[str, Any]], margin: float, trained: bool
+    control: str,
+    result: Value,
+    compared: list[_Compared],
+    margin: float,
+    level: float,
+    trained: bool,
 ) -> dict[str, Any]:
-    numbers = np.array([v.estimate.value for v in values])
-    mean, test = t_interval(numbers), equivalence(numbers - result.estimate.value, margin=margin)
+    numbers = np.array([m.value.estimate.value for m in compared])
+    mean, test = t_interval(numbers, level), equivalence(numbers - result.estimate.value, margin=margin)
     row = {"control": control, "kind": "stability", "value": mean.value, "low": mean.low, "high": mean.high}
     row |= {"difference": test.value, "difference_low": test.low, "difference_high": test.high, "margin": margin}
     row |= {"p": test.p, "verdict": test.verdict if trained else "not trained"}
-    ranked = [r["rank_correlation"] for r in found if r["rank_correlation"] is not None]
+    ranked = [m.agreement for m in compared if m.agreement is not None]
     if len(ranked) > 1:
-        agreement = t_interval(ranked)
+        agreement = t_interval(ranked, level)
         row |= {"rank_correlation": agreement.value}
         row |= {"rank_correlation_low": max(-1.0, agreement.low), "rank_correlation_high": min(1.0, agreement.high)}
     note = "" if trained else "a retrained model kept more than half of the reducible loss; give it more steps"
     return row | {"n": mean.n, "resampled": "trainings", "note": note}
 
 
-def _model_row(control: str, k: int, value: Value, agreement: float | None, ratio: float | None) -> dict[str, Any]:
-    e = value.estimate
+def _model_row(control: str, k: int, model: _Compared) -> dict[str, Any]:
+    e = model.value.estimate
+    ratio = None if math.isnan(model.ratio) else model.ratio
     row = {"control": control, "seed": k, "value": e.value, "low": e.low, "high": e.high, "n": e.n}
-    return row | {"resampled": e.resampled, "rank_correlation": agreement, "reconstruction": ratio}
+    return row | {"resampled": e.resampled, "rank_correlation": model.agreement, "reconstruction": ratio}
 
 
 def _with_unit(result: Value, metric: Metric) -> Estimate:
@@ -352,8 +406,3 @@ def _cell(number: Any) -> str:
     import pandas
 
     return "-" if pandas.isna(number) else f"{number:.4g}"
-
-
-def _say(progress: bool, line: str) -> None:
-    if progress:
-        print(line, file=sys.stderr)

@@ -15,13 +15,16 @@ from setuptools import find_packages, setup
 from setuptools.errors import CompileError
 
 OPS = [
+    "boosted_importance",
     "direct_edges",
     "effect_reduction",
+    "histogram_mi",
     "latent_sweep",
     "patch_mix",
     "render_sprites",
     "sparse_adam",
     "sparse_decode",
+    "tc_logsumexp",
     "threshold_encode",
     "topk",
     "topk_encode",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import vaecirc_fast as vf
 from vaecirc_fast.interventions.grids import symmetric
 
-from . import peer_autoencoders, tables
+from . import peer_autoencoders, peer_patching, tables
 from .harness import commit, machine, peak_bytes
 
 SAMPLES, LATENTS, ROUNDS = 64, 10, 5
@@ -117,7 +117,11 @@ def sweeps() -> tuple[list[dict[str, Any]], list[str]]:
     return cases, complaints
 
 
-MEASURED = {"peers": sweeps, "peer_autoencoders": peer_autoencoders.measure}
+MEASURED = {
+    "peers": sweeps,
+    "peer_autoencoders": peer_autoencoders.measure,
+    "peer_patching": peer_patching.measure,
+}
 
 
 def main(names: list[str]) -> int:

@@ -10,13 +10,16 @@
 #include <vector>
 
 #include "common.h"
+#include "cpu/boosted_importance.h"
 #include "cpu/direct_edges.h"
 #include "cpu/effect_reduction.h"
+#include "cpu/histogram_mi.h"
 #include "cpu/latent_sweep.h"
 #include "cpu/patch_mix.h"
 #include "cpu/render_sprites.h"
 #include "cpu/sparse_adam.h"
 #include "cpu/sparse_decode.h"
+#include "cpu/tc_logsumexp.h"
 #include "cpu/threshold_encode.h"
 #include "cpu/topk.h"
 #include "cpu/topk_encode.h"
@@ -28,12 +31,17 @@ namespace {
 
 struct Kernels {
     const char* set;
+    bool (*boosted_importance)(const BoostedImportance&);
     void (*direct_edges)(const DirectEdges&);
     bool (*effect_reduction)(const EffectReduction&);
     bool (*effect_reduction_backward)(const EffectReductionBackward&);
+    void (*histogram_cut)(const HistogramCut&);
+    bool (*histogram_mi)(const HistogramMi&);
     bool (*latent_sweep)(const LatentSweep&);
     bool (*patch_mix)(const PatchMix&);
     int64_t (*render_sprites)(const RenderSprites&);
+    bool (*tc_logsumexp)(const TcLogsumexp&);
+    bool (*tc_logsumexp_backward)(const TcLogsumexpBackward&);
     void (*threshold_encode)(const ThresholdEncode&);
     void (*threshold_encode_backward)(const ThresholdEncodeBackward&);
     bool (*topk)(const TopK&);
@@ -50,12 +58,17 @@ struct Kernels {
 
 #define VAECIRC_KERNELS(set)         \
     {#set,                           \
+     set::boosted_importance,        \
      set::direct_edges,              \
      set::effect_reduction,          \
      set::effect_reduction_backward, \
+     set::histogram_cut,             \
+     set::histogram_mi,              \
      set::latent_sweep,              \
      set::patch_mix,                 \
      set::render_sprites,            \
+     set::tc_logsumexp,              \
+     set::tc_logsumexp_backward,     \
      set::threshold_encode,          \
      set::threshold_encode_backward, \
      set::topk,                      \
@@ -155,6 +168,17 @@ NetworkRows rows_of(const char* op, const NetworkArguments& given, std::vector<S
             threads};
 }
 
+// Of tc_logsumexp: type, z, mean, scale, constant; sizes B, M, L, stride; weights; threads.
+typedef std::tuple<int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, std::array<int64_t, 4>, std::array<double, 2>, int>
+    TcArguments;
+
+TcLogsumexp tc_of(const TcArguments& given, uintptr_t joint, uintptr_t marginals) {
+    const auto& [dtype, z, mean, scale, constant, sizes, weights, threads] = given;
+    const auto [B, M, L, stride] = sizes;
+    return {DType(dtype), at<void>(z), at<void>(mean), at<void>(scale), at<void>(constant),  B,      M, L,
+            stride,       weights[0],  weights[1],     at<void>(joint), at<void>(marginals), threads};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -163,6 +187,16 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_instruction_set", &set_instruction_set);
     m.def("instruction_set", [] { return chosen->set; });
 
+    m.def("boosted_importance", [](const std::array<uintptr_t, 7>& in, const std::array<int64_t, 5>& sizes,
+                                   const std::array<uintptr_t, 3>& out, int threads) {
+        py::gil_scoped_release release;
+        const auto [x, order, labels, classes, keys, prior, x_test] = in;
+        const auto [N, L, K, T, rounds] = sizes;
+        checked(chosen->boosted_importance({at<float>(x), at<int32_t>(order), N, L, at<int32_t>(labels),
+                                            at<int64_t>(classes), K, at<uint64_t>(keys), at<double>(prior),
+                                            at<float>(x_test), T, rounds, at<double>(out[0]), at<int32_t>(out[1]),
+                                            at<int32_t>(out[2]), threads}));
+    });
     m.def("direct_edges", [](uintptr_t change, uintptr_t weight, uintptr_t pre, int64_t B, int64_t U, int64_t V,
                              int activation, float slope, int kind, uintptr_t out, int threads) {
         py::gil_scoped_release release;
@@ -186,6 +220,24 @@ PYBIND11_MODULE(_C, m) {
                   {at<void>(base), at<void>(perturbed), at<int32_t>(labels), DType(dtype), Link(link), B, I, P, G,
                    at<void>(factors), factors_stride, at<void>(grad_base), at<void>(grad_perturbed), threads}));
           });
+    // sizes: N, L, bins.
+    m.def("histogram_cut", [](int dtype, uintptr_t codes, uintptr_t edges, const std::array<int64_t, 3>& sizes,
+                              uintptr_t out, int threads) {
+        py::gil_scoped_release release;
+        const auto [N, L, bins] = sizes;
+        chosen->histogram_cut(
+            {DType(dtype), at<void>(codes), at<double>(edges), N, L, bins, at<int32_t>(out), threads});
+    });
+    // sizes: N, L, K, R, bins. out: information, entropies of codes and levels, information between codes.
+    m.def("histogram_mi",
+          [](uintptr_t codes, uintptr_t levels, uintptr_t weights, const std::vector<int64_t>& counts,
+             const std::array<int64_t, 5>& sizes, bool pairs, const std::array<uintptr_t, 4>& out, int threads) {
+              py::gil_scoped_release release;
+              const auto [N, L, K, R, bins] = sizes;
+              checked(chosen->histogram_mi({at<int32_t>(codes), at<int32_t>(levels), at<uint8_t>(weights),
+                                            counts.data(), N, L, K, R, bins, pairs, at<double>(out[0]),
+                                            at<double>(out[1]), at<double>(out[2]), at<double>(out[3]), threads}));
+          });
     // sizes: B, L, J, K, P, G. layers: 12 numbers each, those of SweepLayer after its pointers, led by kind and
     // activation.
     m.def("latent_sweep",
@@ -196,11 +248,12 @@ PYBIND11_MODULE(_C, m) {
                                             rows_of("latent_sweep", network, layers)}));
           });
     m.def("patch_mix", [](uintptr_t base, uintptr_t source, uintptr_t order, uintptr_t starts, uintptr_t stops,
-                          int64_t L, const NetworkArguments& network) {
+                          uintptr_t reference, int64_t L, const NetworkArguments& network) {
         py::gil_scoped_release release;
         std::vector<SweepLayer> layers;
-        checked(chosen->patch_mix({at<float>(base), at<float>(source), at<int64_t>(order), at<int64_t>(starts),
-                                   at<int64_t>(stops), L, rows_of("patch_mix", network, layers)}));
+        checked(
+            chosen->patch_mix({at<float>(base), at<float>(source), at<int64_t>(order), at<int64_t>(starts),
+                               at<int64_t>(stops), at<float>(reference), L, rows_of("patch_mix", network, layers)}));
     });
     m.def("render_sprites",
           [](uintptr_t factors, int64_t B, const std::array<int64_t, 6>& sizes, uintptr_t x, int64_t vertices,
@@ -210,6 +263,17 @@ PYBIND11_MODULE(_C, m) {
                                              at<int32_t>(first), at<Crossing>(crossings), ImageFormat(format),
                                              at<void>(out), fresh, threads});
           });
+    m.def("tc_logsumexp", [](const TcArguments& given, uintptr_t joint, uintptr_t marginals) {
+        py::gil_scoped_release release;
+        checked(chosen->tc_logsumexp(tc_of(given, joint, marginals)));
+    });
+    // read: joint, marginals and their gradients; written: gradients of z, the means and the log variances.
+    m.def("tc_logsumexp_backward", [](const TcArguments& given, const std::array<uintptr_t, 4>& read,
+                                      const std::array<uintptr_t, 3>& written) {
+        py::gil_scoped_release release;
+        checked(chosen->tc_logsumexp_backward({tc_of(given, read[0], read[1]), at<void>(read[2]), at<void>(read[3]),
+                                               at<void>(written[0]), at<void>(written[1]), at<void>(written[2])}));
+    });
     m.def(
         "threshold_encode", [](uintptr_t pre, uintptr_t acts, int64_t B, int64_t M, uintptr_t bias, uintptr_t threshold,
                                int kind, uintptr_t penalty, uintptr_t l0, uintptr_t fired, int threads) {

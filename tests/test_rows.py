@@ -30,7 +30,7 @@ LEVELS = (
     ("_registry",),
     ("reference", "triton_kernels", "_native"),
     ("_C", "_C_cuda"),
-    ("groups", "_tensor_files", "_files", "errors"),
+    ("groups", "_tensor_files", "_files", "_allocator", "errors"),
 )
 HEIGHT = {part: -level for level, parts in enumerate(LEVELS) for part in parts}
 # Tighter than the levels.
@@ -39,6 +39,7 @@ ONLY = {
     "groups": {"errors"},
     "_files": {"errors"},
     "_tensor_files": {"_files", "errors"},
+    "_allocator": set(),
     "errors": set(),
 }
 SOLE = {"_C": "_native", "_C_cuda": "_native"}  # imported by this part alone

@@ -6,7 +6,7 @@ namespace vaecirc {
 namespace VAECIRC_ISA {
 
 bool latent_sweep(const LatentSweep& a) {
-    return network_rows(a.rows, {a.z, a.L, a.latents, a.shifts, a.K, nullptr, nullptr, nullptr, nullptr});
+    return network_rows(a.rows, {a.z, a.L, a.latents, a.shifts, a.K, nullptr, nullptr, nullptr, nullptr, nullptr});
 }
 
 }  // namespace VAECIRC_ISA

@@ -7,8 +7,8 @@
 // stride) are an ordinary convolution, so a product for each tap. A last convolution with few channels is one product
 // with all its taps as columns, whose results are turned and added up shifted. Outputs are kept in the order in which
 // they arise, padded to whole vectors; base outputs and labels are brought into the same order. A
-// network that begins with a convolution finds its input in that convolution's grid, where a row's unit is set and then
-// put back.
+// network that begins with a convolution keeps what that convolution makes of each sample; a unit of few lines of the
+// input is an update of it. Any other unit is set in the convolution's grid and then put back.
 #include "network_rows.h"
 
 #include <omp.h>
@@ -28,6 +28,7 @@ constexpr int64_t MOST_CONVOLVED = 24;     // of a tile with convolutions: more 
 constexpr int64_t TILE_BYTES = 512 << 10;  // that the rows of a tile may take: half of L2
 constexpr int64_t HUGE_BYTES = 4 << 20;    // ... if even twelve take more than that
 constexpr int64_t BASE_BYTES = 24 << 20;   // of base outputs kept at a time
+constexpr int64_t UPDATED = 2;             // a unit of at most 1 / UPDATED of the input's lines is an update
 constexpr int64_t COLUMN = LANES;          // floats that a pixel's block of channels takes
 
 INLINE int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -127,6 +128,14 @@ struct Conv {
     int64_t ring, plane, before, group;
 };
 
+// What a change of one line of the input adds to a line of the first convolution's outputs: weights at by[], or from
+// `weights` on, times differences from `line` on.
+struct Source {
+    const float* line;
+    const float* weights;
+    float by;
+};
+
 // A row's sums before the first activation: start + sum_k by[k] * weights of input at[k].
 struct Change {
     const float* start;
@@ -148,6 +157,10 @@ struct Worker {
     float* slots;                    // (states, slot_elements)
     double* sums;                    // (states, sum_elements)
     float* by;                       // (L) of a Change of its own
+    float* changed;                  // (most_lines, plane) differences of lines from the sample's, zeros beside them
+    int64_t* numbers;                // (most_lines) which lines (channel, row)
+    int64_t *head, *next;            // (h), (most_lines): those of a row of the input, linked; -1 ends
+    Source* added;                   // (most_lines, taps)
     int64_t sample, set;             // what the first convolution's grid holds: whose base and, or -1, with which unit
 };
 
@@ -172,8 +185,11 @@ struct Sweep {
     int64_t first_sample = 0;
     Worker* workers = nullptr;
 
-    int64_t* places = nullptr;      // (L) of each input in the first convolution's grid
-    int64_t* everything = nullptr;  // (L) all inputs of a first dense layer, where units are set
+    float* starts =
+        nullptr;  // (samples, start_size): what the first convolution makes of the input, without activation
+    int64_t start_size = 0, most_lines = 0;  // of a unit that is an update of it
+    int64_t* places = nullptr;               // (L) of each input in the first convolution's grid
+    int64_t* everything = nullptr;           // (L) all inputs of a first dense layer, where units are set
 
     Sweep(const NetworkRows& a, const Changes& c) : args(a), changes(c) { memset(&plan, 0, sizeof plan); }
 
@@ -314,7 +330,12 @@ struct Sweep {
         const int64_t state = r.slot_elements() * sizeof(float) + r.sum_elements() * sizeof(double);
         const int64_t row_bytes = (2 * widest + piece) * sizeof(float) + (n_conv ? 0 : state);
         const int64_t first_wide = n_dense ? dense[0].wide : 0;
-        const int64_t per_sample = (first_wide + (linked ? 2 : 1) * padded) * sizeof(float);
+        if (!n_dense) {
+            const Conv& c = conv[0];
+            start_size = c.by_taps ? c.H * c.layer->out * c.layer->sw * c.group : c.wide * c.H * c.W;
+            most_lines = c.layer->in * c.h / UPDATED;
+        }
+        const int64_t per_sample = (first_wide + start_size + (linked ? 2 : 1) * padded) * sizeof(float);
         samples = least(args.B, most_of(1, BASE_BYTES / per_sample));
         // As many rows as stay in L2, but a tile a thread at least, and of huge rows few, whatever that costs.
         rows = least(n_conv ? MOST_CONVOLVED : MOST_ROWS, TILE_BYTES / row_bytes / 12 * 12);
@@ -324,6 +345,7 @@ struct Sweep {
         pre = memory.take<float>(samples * first_wide);
         base_raw = memory.take<float>(samples * padded);
         base = linked ? memory.take<float>(samples * padded) : base_raw;
+        starts = n_dense ? nullptr : memory.take<float>(samples * start_size);
         workers = memory.take<Worker>(threads);
         if (!memory.ok) return false;
         for (int t = 0; t < threads; ++t) {
@@ -347,6 +369,13 @@ struct Sweep {
             w.sources = memory.take<const float*>(c.layer->kh * c.layer->kw);
             if (!memory.ok) return false;
             for (int64_t l = 0; l < n_conv; ++l) w.grids[l] = memory.zeros<float>(conv[l].grid);
+            if (n_dense) continue;
+            const Conv& entered = conv[0];
+            w.changed = memory.zeros<float>(most_lines * entered.plane);
+            w.numbers = memory.take<int64_t>(most_lines);
+            w.next = memory.take<int64_t>(most_lines);
+            w.head = memory.take<int64_t>(entered.h);
+            w.added = memory.take<Source>(most_lines * entered.layer->kw);
         }
         return memory.ok;
     }
@@ -368,13 +397,24 @@ struct Sweep {
         return channel < args.C ? channel * pixels + n / COLUMN % pixels : -1;
     }
 
-    void pack_first() {
+    void pack_first(int threads) {
         const Dense& d = dense[0];
         const int64_t L = d.layer->in;
-        for (int64_t n = 0; n < d.wide; ++n) {
-            const int64_t from = output_of(0, n);
-            d.bias[n] = from < 0 ? 0 : d.layer->bias[from];
-            for (int64_t k = 0; k < L; ++k) d.weights[k * d.wide + n] = from < 0 ? 0 : d.layer->weight[from * L + k];
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (int64_t n = 0; n < d.wide; n += COLUMN) {
+            int64_t from[COLUMN];
+            bool every = true;
+            for (int64_t i = 0; i < COLUMN; ++i) {
+                from[i] = output_of(0, n + i);
+                every &= from[i] >= 0 && from[i] == from[0] + i;
+                d.bias[n + i] = from[i] < 0 ? 0 : d.layer->bias[from[i]];
+            }
+            int64_t k = 0;
+            for (; every && k + LANES <= L; k += LANES)
+                transpose(d.layer->weight + from[0] * L + k, L, d.weights + k * d.wide + n, d.wide);
+            for (; k < L; ++k)
+                for (int64_t i = 0; i < COLUMN; ++i)
+                    d.weights[k * d.wide + n + i] = from[i] < 0 ? 0 : d.layer->weight[from[i] * L + k];
         }
     }
 
@@ -448,7 +488,7 @@ struct Sweep {
     }
 
     void pack(int threads) {
-        if (n_dense) pack_first();
+        if (n_dense) pack_first(threads);
         else pack_places();
         for (int64_t e = 0; everything && e < changes.L; ++e) everything[e] = e;
         for (int64_t l = 1; l < n_dense; ++l) {
@@ -474,15 +514,39 @@ struct Sweep {
 
     // --- dense layers ---
 
-    // W1 z + b1 of the sample.
-    void take_pre(int64_t sample) const {
+    // W1 z + b1 of n samples, two vectors of outputs from column c on. Some samples at a time: weights are read for
+    // all.
+    void take_pre(int64_t n, int64_t c) const {
+        int64_t sample = 0;
+        for (; sample + 4 <= n; sample += 4) take_pre_of<4>(sample, c);
+        for (; sample < n; ++sample) take_pre_of<1>(sample, c);
+    }
+
+    template <int N>
+    void take_pre_of(int64_t sample, int64_t c) const {
         const Dense& d = dense[0];
         const float* z = changes.input + (first_sample + sample) * changes.L;
-        float* to = pre + sample * d.wide;
-        memcpy(to, d.bias, d.wide * sizeof(float));
-        for (int64_t k = 0; k < changes.L; ++k) {
-            const float* w = d.weights + k * d.wide;
-            for (int64_t n = 0; n < d.wide; n += WIDTH) *(vf*)(to + n) += z[k] * *(const vf*)(w + n);
+        const float* w = d.weights + c;
+        vf sum[N][2];
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) sum[i][0] = *(const vf*)(d.bias + c);
+        const int64_t second = c + WIDTH < d.wide ? WIDTH : 0;
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) sum[i][1] = *(const vf*)(d.bias + c + second);
+        for (int64_t k = 0; k < changes.L; ++k, w += d.wide) {
+            const vf a = *(const vf*)w, b = *(const vf*)(w + second);
+#pragma GCC unroll 4
+            for (int i = 0; i < N; ++i) {
+                const float by = z[i * changes.L + k];
+                sum[i][0] += by * a;
+                sum[i][1] += by * b;
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) {
+            float* to = pre + (sample + i) * d.wide + c;
+            *(vf*)to = sum[i][0];
+            if (second) *(vf*)(to + WIDTH) = sum[i][1];
         }
     }
 
@@ -492,6 +556,8 @@ struct Sweep {
     Change change_of(Worker& w, int64_t row, bool is_base) const {
         const int64_t sample = sample_of(row, is_base, args.J), j = row % args.J;
         const float* of_sample = pre + sample * dense[0].wide;
+        if (is_base && changes.reference)
+            return {dense[0].bias, everything, changes.reference + (first_sample + sample) * changes.L, changes.L};
         if (is_base) return {of_sample, nullptr, nullptr, 0};
         if (!changes.source)
             return {of_sample, changes.latents + j * changes.K,
@@ -519,16 +585,19 @@ struct Sweep {
         const Activation kind = (Activation)d.layer->activation;
         for (int64_t r = 0; r < n; ++r) {
             const Change change = change_of(worker, start + r, is_base);
+            const bool alone = change.count == 1;
+            const float by = alone ? change.by[0] : 0, *of = alone ? d.weights + change.at[0] * d.wide : nullptr;
             for (int64_t c = from; c < to; c += COLUMN) {
                 float* here = x + (c - from) / COLUMN * block + r * row;
                 for (int64_t i = 0; i < COLUMN; i += WIDTH) {
-                    const float* w = d.weights + c + i;
                     vf v = *(const vf*)(change.start + c + i);
-                    for (int64_t k = 0; k < change.count; ++k)
-                        v += change.by[k] * *(const vf*)(w + change.at[k] * d.wide);
+                    if (alone) v += by * *(const vf*)(of + c + i);
+                    else
+                        for (int64_t k = 0; k < change.count; ++k)
+                            v += change.by[k] * *(const vf*)(d.weights + c + i + change.at[k] * d.wide);
                     *(vf*)(here + i) = d.after == After::relu ? (v < 0 ? vf{} : v) : v;
                 }
-                if (d.after != After::relu) activate(here, COLUMN, kind, d.layer->slope);
+                if (d.after == After::leaky_relu || d.separately) activate(here, COLUMN, kind, d.layer->slope);
             }
         }
     }
@@ -572,10 +641,12 @@ struct Sweep {
     }
     static int64_t last_tap(const Phase& f, int64_t y) { return least(f.taps_high, f.origin_row + y + 1); }
 
-    void direct(const Conv& c, const float* from, float* to, int64_t block, int64_t to_pitch) const {
+    // activated: with what follows the layer.
+    void direct(const Conv& c, const float* from, float* to, int64_t block, int64_t to_pitch, bool activated) const {
         const SweepLayer& of = *c.layer;
         const int64_t blocks = up(of.in, COLUMN) / COLUMN;
-        const Outputs out = {block, of.sh * to_pitch * COLUMN, of.sw * COLUMN, c.after, of.slope};
+        const Outputs out = {block, of.sh * to_pitch * COLUMN, of.sw * COLUMN, activated ? c.after : After::nothing,
+                             of.slope};
         for_panels(0, c.wide, [&](int64_t n, int V) {
             for (int64_t p = 0; p < of.sh * of.sw; ++p) {
                 const Phase& f = c.phases[p];
@@ -595,8 +666,12 @@ struct Sweep {
                 }
             }
         });
-        if (!c.separately) return;
-        for (int64_t b = 0; b < c.wide / COLUMN; ++b)
+        if (activated) separate_activation(c, to, block, to_pitch);
+    }
+
+    static void separate_activation(const Conv& c, float* to, int64_t block, int64_t to_pitch) {
+        const SweepLayer& of = *c.layer;
+        for (int64_t b = 0; c.separately && b < c.wide / COLUMN; ++b)
             for (int64_t y = 0; y < c.H; ++y)
                 activate(to + b * block + y * to_pitch * COLUMN, c.W * COLUMN, (Activation)of.activation, of.slope);
     }
@@ -724,30 +799,204 @@ struct Sweep {
             w.grids[0][places[changes.order[k]]] = from[changes.order[k]];
     }
 
-    // A row of the input, into the first convolution's grid.
-    void set_row(Worker& w, int64_t row, bool is_base) const {
-        const int64_t sample = first_sample + sample_of(row, is_base, args.J), j = row % args.J;
-        const float* from = changes.input + sample * changes.L;
-        if (w.sample != sample)
+    // Row b of `rows` (B, L), or that row with unit j of the source (j >= 0), into the first convolution's grid.
+    void set_row(Worker& w, const float* rows, int64_t sample, int64_t j) const {
+        const float* from = rows + sample * changes.L;
+        if (rows != changes.input || w.sample != sample)
             for (int64_t e = 0; e < changes.L; ++e) w.grids[0][places[e]] = from[e];
         else if (w.set >= 0) set_unit(w, from, w.set);
-        w.sample = sample, w.set = is_base ? -1 : j;
-        if (!is_base) set_unit(w, changes.source + sample * changes.L, j);
+        w.sample = rows == changes.input ? sample : -1, w.set = j;
+        if (j >= 0) set_unit(w, changes.source + sample * changes.L, j);
     }
 
-    // The logits of one row, from the first convolution's grid.
-    void convolve(Worker& w) const {
-        for (int64_t l = 0; l < n_conv; ++l) {
-            const Conv& c = conv[l];
-            if (c.by_taps) {
-                by_taps(c, w, w.grids[l], w.logits);
-            } else if (l + 1 < n_conv) {
-                const Conv& next = conv[l + 1];
-                direct(c, w.grids[l], w.grids[l + 1] + next.left * COLUMN, next.h * next.pitch * COLUMN, next.pitch);
+    // Where the outputs of convolution l go: {to, floats from block to block, pixels of a line}.
+    struct Place {
+        float* to;
+        int64_t block, pitch;
+    };
+    Place place_behind(const Worker& w, int64_t l) const {
+        const Conv& c = conv[l];
+        if (l + 1 == n_conv) return {w.logits, c.H * c.W * COLUMN, c.W};
+        const Conv& next = conv[l + 1];
+        return {w.grids[l + 1] + next.left * COLUMN, next.h * next.pitch * COLUMN, next.pitch};
+    }
+
+    // The logits of one row, from the grid of convolution l.
+    void convolve(Worker& w, int64_t l) const {
+        for (; l < n_conv; ++l) {
+            const Place to = place_behind(w, l);
+            if (conv[l].by_taps) by_taps(conv[l], w, w.grids[l], w.logits);
+            else direct(conv[l], w.grids[l], to.to, to.block, to.pitch, true);
+        }
+    }
+
+    // --- a unit as an update of what the first convolution made ---
+
+    // What the first convolution makes of the row in its grid, kept for updates.
+    void keep_start(Worker& w, int64_t sample) const {
+        const Conv& c = conv[0];
+        float* to = starts + sample * start_size;
+        if (c.by_taps) by_taps(c, w, w.grids[0], to);
+        else direct(c, w.grids[0], to, c.H * c.W * COLUMN, c.W, false);
+    }
+
+    // The lines of the input that unit j changes, as differences; how many, or -1: too many, or not finite, and what is
+    // not finite cannot be taken back by adding.
+    int64_t changed_lines(Worker& w, int64_t sample, int64_t j) const {
+        const Conv& c = conv[0];
+        const float* old = changes.input + (first_sample + sample) * changes.L;
+        const float* given = changes.source + (first_sample + sample) * changes.L;
+        const int64_t* const order = changes.order;
+        int64_t n = 0, bad = 0;
+        for (int64_t y = 0; y < c.h; ++y) w.head[y] = -1;
+        for (int64_t k = changes.starts[j], stop = changes.stops[j]; k < stop; ++n) {
+            if (n == most_lines) return -1;
+            const int64_t number = order[k] / c.w, first = number * c.w;
+            float* to = w.changed + n * c.plane + c.before;
+            // Elements of a unit ascend: the first and the last of a line mean all of it.
+            if (order[k] == first && k + c.w <= stop && order[k + c.w - 1] == first + c.w - 1) {
+                for (int64_t x = 0; x < c.w; ++x) to[x] = given[first + x] - old[first + x];
+                k += c.w;
             } else {
-                direct(c, w.grids[l], w.logits, c.H * c.W * COLUMN, c.W);
+                memset(to, 0, c.w * sizeof(float));
+                for (; k < stop && order[k] < first + c.w; ++k) to[order[k] - first] = given[order[k]] - old[order[k]];
+            }
+            int here = 0;
+            for (int64_t x = 0; x < c.w; ++x) here |= to[x] - to[x] != 0;
+            bad |= here;
+            w.numbers[n] = number;
+            w.next[n] = w.head[number % c.h];
+            w.head[number % c.h] = n;
+        }
+        return bad ? -1 : n;
+    }
+
+    // Body(line of differences, its channel, ty) for the changed lines that reach row y of a phase, ty the tap.
+    template <class Body>
+    __attribute__((always_inline)) void for_lines(const Worker& w, const Phase& f, int64_t y, Body body) const {
+        const Conv& c = conv[0];
+        for (int64_t ty = first_tap(c, f, y); ty < last_tap(f, y); ++ty)
+            for (int64_t n = w.head[f.origin_row + y - ty]; n >= 0; n = w.next[n])
+                body(w.changed + n * c.plane + c.before, w.numbers[n] / c.h, ty);
+    }
+
+    // The first convolution's outputs for a sample's row with what changed lines add.
+    void update(Worker& w, int64_t sample) const {
+        const Conv& c = conv[0];
+        const float* start = starts + sample * start_size;
+        if (c.by_taps) return update_by_taps(c, w, start);
+        const Place to = place_behind(w, 0);
+        for_panels(0, c.wide, [&](int64_t n, int V) {
+            if (WIDTH == LANES && V == 1) update_panel<1>(c, w, start, n, to);
+            else update_panel<2>(c, w, start, n, to);
+        });
+        separate_activation(c, to.to, to.block, to.pitch);
+    }
+
+    void update_by_taps(const Conv& c, Worker& w, const float* start) const {
+        const SweepLayer& of = *c.layer;
+        float* to = w.logits;
+        for (int64_t row = 0; row < c.H; ++row)
+            for (int64_t o = 0; o < of.out; ++o)
+                for (int64_t p = 0; p < of.sw; ++p, to += c.group, start += c.group) {
+                    const Phase& f = c.phases[row % of.sh * of.sw + p];
+                    int64_t count = 0;
+                    for_lines(w, f, row / of.sh, [&](const float* line, int64_t channel, int64_t ty) {
+                        const int64_t ky = f.tap_row + ty * of.sh;
+                        const float* weights = of.weight + ((channel * of.out + o) * of.kh + ky) * of.kw + f.tap_pixel;
+                        for (int64_t t = 0; t < f.taps_wide; ++t)
+                            w.added[count++] = {line + f.origin_pixel - t, nullptr, weights[t * of.sw]};
+                    });
+                    add_lines(w.added, count, start, to, c.group);
+                }
+    }
+
+    // to[x] = start[x] + the sum of by * line[x].
+    static void add_lines(const Source* added, int64_t count, const float* start, float* to, int64_t n) {
+        for (int64_t x = 0; x < n; x += WIDTH) {
+            vf v = *(const vf*)(start + x);
+            for (int64_t s = 0; s < count; ++s) v += added[s].by * *(const vfu*)(added[s].line + x);
+            *(vf*)(to + x) = v;
+        }
+    }
+
+    template <int V>
+    void update_panel(const Conv& c, Worker& w, const float* start, int64_t n, const Place& to) const {
+        const SweepLayer& of = *c.layer;
+        const int64_t size = c.H * c.W * COLUMN, at = n % COLUMN;
+        const float* from = start + n / COLUMN * size + at;
+        float* out = to.to + n / COLUMN * to.block + at;
+        const int64_t from_second = WIDTH == LANES ? size : WIDTH, to_second = WIDTH == LANES ? to.block : WIDTH;
+        for (int64_t p = 0; p < of.sh * of.sw; ++p) {
+            const Phase& f = c.phases[p];
+            const float* weights = f.weights + n * f.taps_high * f.taps_wide * of.in;
+            for (int64_t y = 0; y < f.rows; ++y) {
+                int64_t count = 0;
+                for_lines(w, f, y, [&](const float* line, int64_t channel, int64_t ty) {
+                    for (int64_t t = 0; t < f.taps_wide; ++t) {
+                        const int64_t step = (ty * f.taps_wide + t) * of.in + channel;
+                        w.added[count++] = {line + f.origin_pixel - t, weights + step * V * WIDTH, 0};
+                    }
+                });
+                const int64_t row = f.row + y * of.sh, step = of.sw * COLUMN;
+                const float* here = from + (row * c.W + f.pixel) * COLUMN;
+                float* there = out + (row * to.pitch + f.pixel) * COLUMN;
+                int64_t x = 0;
+                for (; x + 4 <= f.pixels; x += 4)
+                    add_pixels<4, V>(c, w.added, count, x, here, from_second, there, to_second, step);
+                for (; x < f.pixels; ++x)
+                    add_pixels<1, V>(c, w.added, count, x, here, from_second, there, to_second, step);
             }
         }
+    }
+
+    // PX pixels from x on of a line of one phase, `step` floats apart, times V vectors of channels.
+    template <int PX, int V>
+    __attribute__((always_inline)) static void add_pixels(const Conv& c, const Source* added, int64_t count, int64_t x,
+                                                          const float* from, int64_t from_second, float* to,
+                                                          int64_t to_second, int64_t step) {
+        vf sum[PX][V];
+#pragma GCC unroll 4
+        for (int i = 0; i < PX; ++i)
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) sum[i][v] = *(const vf*)(from + (x + i) * step + v * from_second);
+        for (int64_t s = 0; s < count; ++s) {
+            vf b[V];
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) b[v] = *(const vf*)(added[s].weights + v * WIDTH);
+#pragma GCC unroll 4
+            for (int i = 0; i < PX; ++i)
+#pragma GCC unroll 2
+                for (int v = 0; v < V; ++v) sum[i][v] += added[s].line[x + i] * b[v];
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < PX; ++i)
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) {
+                vf y = sum[i][v];
+                if (c.after == After::relu) y = y < 0 ? vf{} : y;
+                else if (c.after == After::leaky_relu) y = y < 0 ? y * c.layer->slope : y;
+                *(vf*)(to + (x + i) * step + v * to_second) = y;
+            }
+    }
+
+    // The logits of a row of a network that begins with a convolution.
+    void row_of_convolutions(Worker& w, int64_t row, bool is_base) const {
+        const int64_t sample = sample_of(row, is_base, args.J), number = first_sample + sample;
+        if (is_base) {
+            set_row(w, changes.input, number, -1);
+            keep_start(w, sample);
+            if (changes.reference) {
+                set_row(w, changes.reference, number, -1);
+                return convolve(w, 0);
+            }
+            for (int64_t y = 0; y < conv[0].h; ++y) w.head[y] = -1;
+        } else if (changed_lines(w, sample, row % args.J) < 0) {
+            set_row(w, changes.input, number, row % args.J);
+            return convolve(w, 0);
+        }
+        update(w, sample);
+        convolve(w, 1);
     }
 
     // --- effects ---
@@ -794,9 +1043,8 @@ struct Sweep {
         if (n_dense) dense_layers(w, start, n, is_base);
         for (int64_t r = 0; r < n; ++r) {
             if (n_conv) {
-                if (n_dense) enter(w, w.rows + r * piece);
-                else set_row(w, start + r, is_base);
-                convolve(w);
+                if (n_dense) enter(w, w.rows + r * piece), convolve(w, 0);
+                else row_of_convolutions(w, start + r, is_base);
                 if (!is_base) clear(w, 0);
                 take(w, start + r, is_base, w.logits, 0, padded, 0);
             }
@@ -832,10 +1080,12 @@ struct Sweep {
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
             Worker& w = workers[omp_get_thread_num()];
+            const int64_t columns = n_dense ? dense[0].wide : 0;
+#pragma omp for schedule(static)
+            for (int64_t c = 0; c < columns; c += 2 * WIDTH) take_pre(n, c);
 #pragma omp for schedule(dynamic)
             for (int64_t start = 0; start < n; start += bases) {
                 const int64_t here = least(bases, n - start);
-                for (int64_t r = 0; n_dense && r < here; ++r) take_pre(start + r);
                 tile_of_rows(w, start, here, true);
             }
 #pragma omp for schedule(dynamic)

@@ -50,10 +50,11 @@ struct Changes {
     const int64_t* latents;  // (J, K) in [0, L); the network begins with a dense layer
     const float* shifts;     // (B, J, K)
     int64_t K;
-    const float* source;    // (B, L), or null
-    const int64_t* order;   // (L) elements, those of a unit side by side
-    const int64_t* starts;  // (J) where unit j's begin in it
-    const int64_t* stops;   // (J) and end
+    const float* source;     // (B, L), or null
+    const int64_t* order;    // (L) elements, those of a unit side by side
+    const int64_t* starts;   // (J) where unit j's begin in it
+    const int64_t* stops;    // (J) and end
+    const float* reference;  // (B, L): effects are against the outputs for it; null: for `input`
 };
 
 #ifdef VAECIRC_ISA  // in kernel files alone

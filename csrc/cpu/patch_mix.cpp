@@ -6,7 +6,7 @@ namespace vaecirc {
 namespace VAECIRC_ISA {
 
 bool patch_mix(const PatchMix& a) {
-    return network_rows(a.rows, {a.base, a.L, nullptr, nullptr, 0, a.source, a.order, a.starts, a.stops});
+    return network_rows(a.rows, {a.base, a.L, nullptr, nullptr, 0, a.source, a.order, a.starts, a.stops, a.reference});
 }
 
 }  // namespace VAECIRC_ISA

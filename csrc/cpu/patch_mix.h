@@ -6,11 +6,12 @@
 namespace vaecirc {
 
 struct PatchMix {
-    const float* base;      // (B, L)
-    const float* source;    // (B, L)
-    const int64_t* order;   // (L) elements, those of a unit side by side
-    const int64_t* starts;  // (J) where unit j's begin in it
-    const int64_t* stops;   // (J) and end
+    const float* base;       // (B, L)
+    const float* source;     // (B, L)
+    const int64_t* order;    // (L) elements, those of a unit side by side
+    const int64_t* starts;   // (J) where unit j's begin in it
+    const int64_t* stops;    // (J) and end
+    const float* reference;  // (B, L), whose outputs effects are against, or null: base's
     int64_t L;
     NetworkRows rows;
 };

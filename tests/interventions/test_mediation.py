@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from random_nets import hooked, random_net
 from torch import nn
 
+import vaecirc_fast as vf
 from vaecirc_fast import groups as partitions
+from vaecirc_fast import models
 from vaecirc_fast.errors import InputError
 from vaecirc_fast.interventions.mediation import TERMS, Mediation, mediate
 
@@ -76,6 +78,31 @@ def test_one_mediation_per_unit_is_that_of_each_unit(net, data):
         for term, truth in terms_of(y).items():
             of(y, getattr(M, term)[u], net, truth.mean())
             of(y, M.per_sample[term][:, u], net, truth)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_kernels_behind_mediators(grouped):
+    """Units one by one of a site with a kernel and of one without, against the module's own layers."""
+    torch.manual_seed(2)
+    module = models.build("vae", (1, 16, 16), 3, width=0.25).eval()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(3)
+    x0, x1 = torch.rand(2, 7, 1, 16, 16)
+    outcome = partitions.cells(16, 16, 2) if grouped else "output.mean"
+    given_ = {"outcome": outcome, "each": True, "replicates": 0, "tile": 4}
+    sites = ["decoder.fc1", "encoder.conv2", "decoder.ct1[:, :2]"]
+    M = mediate(module, x0, x1, sites, **given_)
+    assert "kernels behind decoder.fc1, decoder.ct1" in M.plan
+    with vf.backend("reference"):
+        plain = mediate(module, x0, x1, sites, **given_)
+    exact = mediate(module.double(), x0.double(), x1.double(), sites, **given_)
+    assert "kernels" not in plain.plan + exact.plan and M.coords == exact.coords
+    for term in TERMS:
+        truth = exact.per_sample[term]
+        unit = torch.full_like(truth, 2.0)  # outcomes are probabilities
+        assert_close(M.per_sample[term].float(), plain.per_sample[term].float(), truth, terms=656, unit=unit)
+    assert float(exact.nie_pure.abs().max()) > 1e-3
 
 
 @given(random_net(), st.data())

@@ -8,13 +8,14 @@ import pytest
 import torch
 from close import assert_close
 from hook_loop import assert_equals_hook_loop, thirds
+from interventions.live_memory import LiveMemory
 from torch import nn
 
 import vaecirc_fast as vf
 from vaecirc_fast import groups as partitions
 from vaecirc_fast import models
 from vaecirc_fast.errors import InputError
-from vaecirc_fast.interventions import selection
+from vaecirc_fast.interventions import patch_sweeps, selection
 from vaecirc_fast.interventions.patching import ablated
 
 N = 5
@@ -303,8 +304,6 @@ def test_tables_and_intervals():
     assert top.effect.tolist() == sorted(table.effect, reverse=True)[:3]
     array = P.to_xarray()
     assert array.dims == ("unit", "group") and array.coords["site"].values[0] == "decoder.fc1"
-    by_kernel = vf.wrap(module).patch_sweep(x_base, x_source, ["decoder.fc1"], groups=thirds(256))
-    assert torch.allclose(P.tensor, by_kernel.tensor, rtol=1e-3, atol=1e-8) and "kernels" not in P.plan
 
 
 def test_the_kernel_is_used_behind_vectors_and_images():
@@ -332,6 +331,80 @@ def test_units_behind_which_is_a_kernel(unit, heads):
     assert "kernels" not in exact.plan + plain.plan and P.coords == exact.coords
     truth = exact.tensor.double()
     assert_close(P.tensor, plain.tensor, truth, terms=256 + 400, unit=torch.full_like(truth, 4.0))
+
+
+@pytest.mark.parametrize("effect", ["l1", "mse", "rms", "signed"])
+@pytest.mark.parametrize("net", ["conv", "mlp"])
+def test_recovery_by_kernels(net, effect):
+    """Distances to the source's output, of an odd number of samples at sites with and without kernels."""
+    module, x_base, x_source = made(net)
+    sites = [
+        "encoder.fc1" if net == "mlp" else "encoder.conv1",
+        "decoder.fc1",
+        "decoder.ct1" if net == "conv" else "decoder.fc3",
+    ]
+    given = {"effect": effect, "recovery": True, "replicates": 0}
+    P = vf.interventions.patch_sweep(module, x_base, x_source, sites, **given)
+    assert f"kernels behind {', '.join(sites[net == 'conv' :])};" in P.plan
+    double, base64, source64 = made(net, torch.float64)
+    truth = vf.interventions.patch_sweep(double, base64, source64, sites, **given)
+    with vf.backend("reference"):
+        plain = vf.interventions.patch_sweep(module, x_base, x_source, sites, **given)
+    apart = (double(base64) - double(source64)).detach().abs().mean()
+    unit = 1 + truth.recovery.abs() + 4 / apart.clamp(max=1) ** 2  # distances of outputs below 1, over that of the pair
+    assert "kernels" not in truth.plan + plain.plan
+    assert_close(P.recovery, plain.recovery, truth.recovery, terms=656, unit=unit)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"], ids=["kernels", "generic"])
+def test_memory_grows_neither_with_patches_nor_with_samples(backend, monkeypatch):
+    module, x_base, x_source = made("conv")
+    monkeypatch.setattr(patch_sweeps, "PART_BYTES", 1 << 17)
+
+    def peak(site, repeats):
+        pairs = [x.repeat(repeats, 1, 1, 1) for x in (x_base, x_source)]
+        with vf.backend(backend), LiveMemory() as memory:
+            P = vf.interventions.patch_sweep(module, *pairs, [site], unit="element", replicates=0, tile=40)
+        assert ("kernels" in P.plan) == (backend == "auto")
+        return len(P.units), memory.peak
+
+    peak("decoder.ct1[0, 0]", 1)  # what is made once
+    few, small = peak("decoder.ct1[0, 0]", 1)
+    many, large = peak("decoder.ct1", 1)
+    assert many >= 32 * few and large < small + 200 * N * many  # effects in float64, some copies of them
+    _, larger = peak("decoder.ct1[0, 0]", 64)
+    assert larger < 2 * max(small, 1 << 17) + (1 << 16)
+
+
+def test_the_plan_counts_what_is_saved():
+    module, x_base, x_source = made("mlp")
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    whole = 2 * sum(layer.weight.numel() for layer in layers)
+    last = 2 * layers[-1].weight.numel()
+    with vf.backend("reference"):
+        P = vf.interventions.patch_sweep(module, x_base, x_source, ["decoder.fc3"], replicates=0)
+    patched = N * len(P.units)
+    saved = patch_sweeps.readable(patched * (whole - last))
+    assert f"{100 * last / whole:.0f} % of the operations" in P.plan and f"{saved}FLOP saved" in P.plan
+    assert [patch_sweeps.readable(n) for n in (0, 999, 1234, 5.6e7, 7e13)] == ["0 ", "999 ", "1.23 k", "56 M", "70 T"]
+
+
+@pytest.mark.parametrize("effect", ["l1", "mse", "rms", "signed"])
+@pytest.mark.parametrize("site", ["fc2", "fc3"])
+def test_a_linear_last_layer(site, effect):
+    """A unit before it acts by its column; squared effects from further away go through its R factor."""
+    torch.manual_seed(3)
+    decoder = models.build("vae", (1, 32, 32), 3, net="mlp", likelihood="gaussian", width=0.25).decoder.eval()
+    base, source = torch.randn(64, 3), 2 * torch.randn(64, 3)
+    options = {"effect": effect, "groups": thirds(1024), "replicates": 0}
+    P = vf.interventions.patch_sweep(decoder, base, source, [site], **options)
+    with vf.backend("reference"):
+        plain = vf.interventions.patch_sweep(decoder, base, source, [site], **options)
+    truth = vf.interventions.patch_sweep(decoder.double(), base.double(), source.double(), [site], **options).tensor
+    assert "kernels behind" in P.plan and "kernels" not in plain.plan
+    y = decoder(base.double()).detach().abs().max() + decoder(source.double()).detach().abs().max()
+    unit = float(y) ** (2 if effect == "mse" else 1) + truth.double().abs()
+    assert_close(P.tensor, plain.tensor, truth.double(), terms=1024 + 400, unit=unit)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -409,7 +482,7 @@ class Through(nn.Module):
     def __init__(self, f):
         super().__init__()
         torch.manual_seed(0)
-        self.a, self.act, self.f = nn.Linear(3, 4), nn.ReLU(inplace=True), f
+        self.a, self.act, self.flat, self.f = nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Flatten(), f
 
     def forward(self, x):
         return self.f(self, self.a(x))
@@ -433,10 +506,8 @@ class Attending(nn.Module):
         (lambda m, h: h * torch.rand(4), r"in it \(Through\), .* draws random numbers"),
         (lambda m, h: Attending(0.1)(h[:, None, None])[:, 0, 0], "draws random numbers"),
         (lambda m, h: h if h.mean() < 0 else 2 * h, "makes a decision or a shape depend on values"),
-        (
-            lambda m, h: (m.act(h[:, :2]), h)[1],
-            r"in act \(ReLU\), .* changes a view, .* use the operation out",
-        ),
+        (lambda m, h: h + nn.functional.relu_(torch.ones(3, 4)[:1]).add_(h), "does not come from the input in place"),
+        (lambda m, h: m.act(m.flat(h.view(-1, 2, 2)[:, :1])) + h[:, :2], "shares memory with flat"),
         (lambda m, h: h.as_strided((1, 2), (4, 1)), "reads memory whatever lies in it; use view"),
         (lambda m, h: h * float(np.random.default_rng().normal()), "gives other numbers when it runs again"),
         (lambda m, h: h * h.detach().numpy().mean().item(), "gives other numbers for x_source"),
@@ -445,13 +516,40 @@ class Attending(nn.Module):
 def test_passes_that_cannot_be_run_again(f, message):
     x = torch.randn(4, 3)
     with pytest.raises(InputError, match=f"module: .*{message}"):
-        vf.interventions.patch_sweep(Through(f), x, x + 1, ["a"])
+        vf.interventions.patch_sweep(Through(f), x, x + 1, ["flat"] if "flat" in message else ["a"])
 
 
-def test_a_patched_tensor_that_is_overwritten_later():
-    """In place by the next module: what a hook's copy would have been is patched."""
-    module, x = Through(lambda m, h: m.act(h) + 1).double(), torch.randn(4, 3).double()
-    assert_equals_hook_loop(module.float(), x.float(), -x.float(), ["a"])
+def rotated(m, h):
+    """As rotary embeddings are written: halves put into a copy, through views of it."""
+    turned = h.clone()
+    turned[:, 0::2] = -h[:, 1::2]
+    turned[:, 1::2] = h[:, 0::2]
+    return h * 0.3 + turned.cos()
+
+
+def into_new(m, h):
+    y = torch.empty_like(h)
+    first, second = y.split(2, dim=1)
+    first.copy_(h[:, :2].tanh())
+    second.zero_().add_(h[:, 2:] * first)
+    return y + y.view(-1, 2, 2).transpose(1, 2).reshape(-1, 4)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda m, h: m.act(h) + 1,
+        lambda m, h: (m.act(h[:, :2]), h + 0.5)[1],
+        lambda m, h: m.act(h.view(-1, 2, 2)).sum(1) + h[:, 1:3],
+        lambda m, h: m.act(h.unsqueeze(0)).squeeze(0) * h.add_(1),
+        rotated,
+        into_new,
+    ],
+)
+def test_a_patched_tensor_that_is_overwritten_later(f):
+    """In place, itself or through a view: what the loop of hooks gives, of the site and of what is behind it."""
+    x = torch.randn(4, 3)
+    assert_equals_hook_loop(Through(f), x, -x, ["a"], tile=3)
 
 
 def test_attention_without_dropout_draws_nothing():

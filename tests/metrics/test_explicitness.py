@@ -11,16 +11,16 @@ from sklearn.metrics import roc_auc_score
 from vaecirc_fast.errors import InputError
 from vaecirc_fast.metrics import explicitness
 from vaecirc_fast.metrics.explicitness import _auc, one_versus_rest
-from vaecirc_fast.metrics.score import split
+from vaecirc_fast.metrics.splits import split_samples
 
 
-def sklearn_explicitness(codes, factors, fit, held):
-    x, x_test = ((codes[rows] - codes[fit].mean(0)) / codes[fit].std(0) for rows in (fit, held))
+def sklearn_explicitness(data):
+    x, x_test = ((z - data.codes.mean(0)) / data.codes.std(0) for z in (data.codes, data.codes_test))
     found = []
-    for v in factors.T:
+    for v, v_test in zip(data.levels.T, data.levels_test.T, strict=True):
         aucs = []
         for a in np.unique(v):
-            y, y_test = v[fit] == a, v[held] == a
+            y, y_test = v == a, v_test == a
             if len(set(y)) == len(set(y_test)) == 2:
                 model = LogisticRegression(class_weight="balanced", tol=1e-10, max_iter=10_000).fit(x, y)
                 aucs.append(roc_auc_score(y_test, model.decision_function(x_test)))
@@ -32,9 +32,9 @@ def sklearn_explicitness(codes, factors, fit, held):
 def test_scikit_learn(n):
     codes, factors = noisy(n)
     score = explicitness(codes, factors, train=300, test=200, seed=1)
-    fit, held, note = split(n, 300, 200, seed=1)
-    assert score.value == pytest.approx(sklearn_explicitness(codes, factors, fit, held), abs=1e-12)
-    assert note in score.note and (n == 600) == (note == "")
+    data = split_samples(codes, factors, 300, 200, 1)
+    assert score.value == pytest.approx(sklearn_explicitness(data), abs=1e-12)
+    assert score.note == ("" if n == 600 else data.text)
     assert np.mean(list(score.per_factor.values())) == pytest.approx(score.value)
 
 
@@ -107,7 +107,7 @@ def test_order_and_scale_of_latents_change_nothing(seed):
 def test_few_samples():
     codes, factors = noisy(30)
     score = explicitness(codes, np.concatenate([factors, np.arange(30)[:, None]], 1))
-    assert "20 samples to train and 10 to test" in score.note and "factor 3 left out" in score.note
+    assert "20 training and 10 test samples" in score.note and "factor 3 left out" in score.note
     assert list(score.per_factor) == ["factor 0", "factor 1", "factor 2"] and score.n == 10
     assert 0 <= score.low <= score.value <= score.high <= 1
 
@@ -119,7 +119,7 @@ def test_bad_input():
             explicitness(codes, factors, **options)
     with pytest.raises(InputError, match="3 samples"):
         explicitness([[0.0], [1.0]], [[0], [1]])
-    with pytest.raises(InputError, match="training and in test"):
+    with pytest.raises(InputError, match="training"):
         explicitness([[0.0], [1.0], [2.0]], [[0], [1], [2]])
 
 

@@ -94,7 +94,9 @@ def test_what_changes_nothing(seed):
 def test_tiny_and_huge_codes_are_defined():
     codes, _ = noisy(40)
     expected = gaussian_total_correlation(codes, replicates=0).value
-    for scale in (1e-150, 1e150):
+    with pytest.raises(InputError, match="within"):
+        gaussian_total_correlation(codes * 1e150)
+    for scale in (1e-150, 1e90):
         assert gaussian_total_correlation(codes * scale, replicates=0).value == pytest.approx(expected, abs=1e-9)
         assert 0 < wasserstein_correlation(codes * scale, replicates=0, normalised=True).value < 1
 

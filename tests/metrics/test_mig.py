@@ -118,9 +118,9 @@ def test_extreme_codes_are_defined(codes):
 def test_interval_does_not_depend_on_the_chunks(monkeypatch):
     codes, factors = mixed(100)
     whole = mig(codes, factors)
-    module = importlib.import_module("vaecirc_fast.metrics.mig")  # the package's `mig` is the function
-    monkeypatch.setattr(module, "_ROWS", 7)
-    monkeypatch.setattr(module, "_CELLS", 20_000)
+    module = importlib.import_module("vaecirc_fast.metrics.information")
+    monkeypatch.setattr(module, "_SAMPLES", 7)
+    monkeypatch.setattr(module, "_WEIGHTS", 1700)
     assert mig(codes, factors) == whole
     assert mig(codes, factors, seed=1) != whole
 

@@ -43,10 +43,12 @@ class Problem:
     units: torch.Tensor
     kinds: tuple[str, ...]
     groups: Groups
+    against: str = "base"
 
     def run(self, **changes):
         p = replace(self, **changes)
-        return vf.ops.patch_mix(p.base, p.source, p.labels, p.units, p.network, p.kinds, groups=p.groups)
+        given = (p.base, p.source, p.labels, p.units, p.network, p.kinds)
+        return vf.ops.patch_mix(*given, groups=p.groups, against=p.against)
 
 
 def problem(network, labels=None, units=None, groups=None, samples=2, kinds=None, seed=0):
@@ -82,6 +84,10 @@ def check(p, out=None):
     # 0 * inf would spoil every unit
     sweep = as_sweep(replace(p, base=p.base.nan_to_num(0, 0, 0), source=p.source.nan_to_num(0, 0, 0)))
     unit = torch.maximum(network_problems.units(sweep), truth.abs())
+    if p.against == "source":  # whose output is rounded as well
+        everything = replace(p, labels=torch.zeros_like(p.labels), units=torch.zeros(1, dtype=torch.int64))
+        finite = replace(everything, base=p.base.nan_to_num(0, 0, 0), source=p.source.nan_to_num(0, 0, 0))
+        unit = unit + network_problems.units(as_sweep(finite))
     assert_close(out, yardstick, truth, terms=network_problems.terms(sweep), unit=unit)
 
 
@@ -112,6 +118,12 @@ def dense_and_convolutions():
 CASES = {
     "channels": lambda: problem(halving(), of_images("channel", 20, 4), groups=partitions.cells(16, 16, 8)),
     "cells": lambda: problem(halving("tanh"), of_images("cell", 20, 4), groups=partitions.cells(16, 16, 8)),
+    "cells of some channels": lambda: problem(
+        halving("leaky_relu", (40, 33, 3)), torch.where(torch.arange(640) // 16 % 9 == 2, of_images("cell", 40, 4), -1)
+    ),
+    "parts of lines": lambda: problem(
+        halving("relu", (6, 2), side=7), torch.where(torch.arange(294) % 7 > 2, of_images("channel", 6, 7), -1)
+    ),
     "scattered": lambda: problem(halving("silu", (8, 40)), groups=partitions.channels(40, 8, 8)),
     "some units, one twice, one of nothing": lambda: problem(halving(), units=[3, 9, 0, 3, 2**32 - 1]),
     "one convolution, few channels out": lambda: problem(halving(channels=(32, 1), side=9)),
@@ -129,10 +141,11 @@ CASES = {
 # --- the reference ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("against", ["base", "source"])
 @pytest.mark.parametrize("case", ["channels", "scattered", "softmax", "dense, then convolutions"])
-def test_the_reference_is_a_loop_of_patches(case):
+def test_the_reference_is_a_loop_of_patches(case, against):
     p = CASES[case]()
-    p = replace(p, network=doubled(p.network), base=p.base.double(), source=p.source.double())
+    p = replace(p, network=doubled(p.network), base=p.base.double(), source=p.source.double(), against=against)
     raw = replace(p.network, link="identity", spans=())
     with vf.backend("reference"):
         effects = p.run()
@@ -141,7 +154,7 @@ def test_the_reference_is_a_loop_of_patches(case):
         patched[:, p.labels == unit] = p.source[:, p.labels == unit]
         for n, kind in enumerate(p.kinds):
             network = raw if kind == "logit_mse" else p.network
-            d = outputs(network, patched) - outputs(network, p.base)
+            d = outputs(network, patched) - outputs(network, getattr(p, against))
             for g in range(len(p.groups)):
                 of = d[:, p.groups.labels == g]
                 expected = {
@@ -164,6 +177,17 @@ def test_values(backend, case):
     check(CASES[case]())
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_distances_from_the_source(backend, case):
+    """A unit that nothing has is as far from the source as the base is; one that everything has, not at all."""
+    p = replace(CASES[case](), against="source")
+    check(p)
+    p = replace(p, labels=torch.zeros_like(p.labels), units=torch.tensor([7, 0]))
+    check(p)
+    back = replace(p, base=p.source, source=p.base, against="base")
+    assert torch.allclose(truth_of(p)[:, 0], truth_of(back)[:, 1], rtol=1e-10, atol=1e-13)
+
+
 @st.composite
 def any_patches(draw):
     """Any small network, beginning with either kind of layer, and any units of it."""
@@ -174,6 +198,9 @@ def any_patches(draw):
     units = draw(st.lists(st.integers(0, 5), max_size=4))
     samples, seed = draw(st.integers(0, 3)), draw(st.integers(0, 999))
     p = problem(network, None, units or [0], sweep.groups, samples, sweep.kinds, seed)
+    if network.grid is not None and isinstance(network.layers[0], Dense) is False and draw(st.booleans()):
+        p = replace(p, labels=selection.units(network.grid, draw(st.sampled_from(["channel", "cell"]))).labels)
+    p = replace(p, against=draw(st.sampled_from(["base", "source"])))
     return p if units else replace(p, units=p.units[:0])
 
 
@@ -293,6 +320,7 @@ def test_lower_precision_stays_near_and_no_kernel_hides_it():
         ({"base": torch.ones(2, 320, requires_grad=True)}, "base: a gradient is wanted, and patch_mix has none"),
         ({"kinds": ("l2",)}, "effect: 'l2' is unknown"),
         ({"groups": partitions.whole(8)}, "groups: partition 8 elements, but an output has 256"),
+        ({"against": "both"}, 'against: expected "base" or "source", got \'both\''),
         ({"network": replace(halving(), grid=None)}, "first layer is a transposed convolution, which needs a grid"),
         ({"network": replace(halving(), grid=(5, 8, 8))}, "layer 0 takes 20 inputs, but the grid gives 5"),
         ({"network": Network((), link="sigmoid")}, "network: it has no layer"),

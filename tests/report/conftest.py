@@ -82,6 +82,7 @@ def untrained_study(tmp_path_factory):
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("report") / "study"
     changes = {"steps": 20, "images": 100, "sweep_images": 8, "pairs": 8, "seeds": 2, "net": "mlp", "data": ["digits"]}
+    changes |= {"circuit_pairs": 8, "circuit_units": 3}
     image.run(image.Config.preset("smoke", out=out, **changes), progress=False)
     torch.set_num_threads(threads)
     return out

@@ -32,6 +32,7 @@ def assert_printed(cell, *values):
 
 
 METRICS = ("reconstruction", "active", "mig", "ces_raw", "ces_posterior", "ces_resample", "specificity")
+METRICS += ("circuit_q", "circuit_modularity")
 
 
 def test_one_file_that_loads_nothing(study, page):
@@ -304,3 +305,108 @@ def test_a_directory_without_permission(study):
     with pytest.raises(InputError, match="cannot write"):
         report.write(study)
     study.chmod(0o700)
+
+
+def circuit_rows(page):
+    """The table of mediation: rows by title, change and mediator, and TE by title and change."""
+    rows, effects, title, change = {}, {}, "", ""
+    for row in page.tables["mediation-table"][1:]:
+        if len(row) == 1:
+            title = " ".join(row[0].split())
+            continue
+        head = " ".join(row[0].split())
+        if head.startswith("TE "):
+            effects[title, change] = head.removeprefix("TE ")
+        elif head:
+            change = head
+        rows[title, change, row[1].replace(" ", "")] = row[2:]
+    return rows, effects
+
+
+def test_mediation_is_printed_as_the_shown_runs_have_it(study, page):
+    rows, effects = circuit_rows(page(study))
+    for name, label in (("digits-vae-s0", "VAE"), ("digits-beta_vae-s0", "β-VAE (β = 4)")):
+        circuits = results(study)[name]["circuits"]
+        title = f"Digits, {label}, seed 0; 8 pairs of each change"
+        for entry in circuits["mediation"]:
+            assert_printed(effects[title, entry["variant"]], *(entry["te"][key] for key in ("value", "low", "high")))
+            *latents, unit = entry["rows"]
+            best = sorted(latents, key=lambda row: -row["nie_total"]["value"])[:3]
+            for row, mediator in [(row, f"z{row['unit']}") for row in best] + [
+                (unit, f"{unit['site']}[{unit['unit']}]")
+            ]:
+                cells = rows[title, entry["variant"], mediator]
+                for term, cell in zip(
+                    ("nie_pure", "nie_total", "nde_pure", "interaction", "share"), cells, strict=True
+                ):
+                    if "within" not in cell and "<" not in cell and ">" not in cell:
+                        assert_printed(cell, *(row[term][key] for key in ("value", "low", "high")))
+
+
+def test_circuits_are_drawn_with_their_numbers(study, page):
+    found = page(study)
+    assert {"patching-digits", "mediation-digits", "graph-digits", "circuits"} <= set(found.ids)
+    for name in ("digits-vae-s0", "digits-beta_vae-s0"):
+        circuits = results(study)[name]["circuits"]
+        for graph in (circuits["graph"], circuits["control"]):
+            assert f"Q = {graph['q']:.3f}, nulls {graph['null']:.3f}" in found.text
+            assert f"{max(graph['communities']) + 1} communities" in found.text
+        for site in circuits["sites"]:
+            assert f"{site['site']} {site['units']} units, strongest" in found.text
+
+
+def test_runs_of_the_third_protocol_have_no_circuits(study, change, page):
+    def older(result):
+        del result["circuits"], result["timing"]["circuits"], result["timing"]["sweeps"]["patching"]
+        for name in ("circuit_q", "circuit_modularity"):
+            for found in (result["metrics"], result["control"]["untrained"], result["definitions"]):
+                del found[name]
+
+    change(study, "digits-vae-*", older)
+    mixed = page(study)  # the others have them
+    assert mixed.problems == [] and "Circuit modularity" in mixed.text
+    (estimates, controls, _), _ = main_rows(mixed)
+    assert [row[-1].strip() for row in (estimates, controls)] == ["–", "–"]
+    change(study, "digits-beta_vae-*", older)
+    for file in study.glob("runs/*/circuits.safetensors"):
+        file.unlink()
+    found = page(study)
+    assert found.problems == [] and "circuits" not in found.ids and "mediation-table" not in found.tables
+    assert "modularity" not in found.text and "circuit" not in report.table(study).lower()
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "other"])
+def test_damaged_circuits_of_one_run_are_noted(study, page, damage):
+    run = next(study.glob("runs/digits-vae-s0-*"))
+    file = run / "circuits.safetensors"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:200])
+    elif damage == "gone":
+        file.unlink()
+    else:  # of another model
+        shutil.copy(run / "pictures.safetensors", file)
+    found = page(study)
+    assert found.problems == [] and f"{run.name}: circuits.safetensors" in found.text
+    assert found.text.count(f"circuits.safetensors of {run.name} cannot be read.") == 3  # the heatmap and both graphs
+    assert "mediation-digits" in found.ids and "mediation-table" in found.tables  # these are in the result
+
+
+@pytest.mark.parametrize("key", ["mediation", "sites", "graph", "change", "pairs"])
+def test_incomplete_circuits_are_named(study, change, key):
+    change(study, "digits-vae-s1-*", lambda result: result["circuits"].pop(key))
+    with pytest.raises(
+        InputError, match=rf"vae-s1-.*result\.json is not a result of this study \('{key}' is missing\)"
+    ):
+        report.table(study)
+
+
+def test_a_model_without_a_graph_says_so(study, change, page):
+    def collapse(result):
+        result["circuits"]["graph"] = {}
+        for name in ("circuit_q", "circuit_modularity"):
+            result["metrics"][name]["value"] = None
+
+    change(study, "digits-vae-s0-*", collapse)
+    found = page(study)
+    assert found.problems == []
+    assert found.text.count("A pair of layers has no effect: there is no graph.") == 1

@@ -19,7 +19,7 @@ from .forcing import Pairs
 from .joint import Joint, Unit, candidates_of
 from .patching import Readout, device_of, inputs_of, quiet
 from .paths import DISTANCES
-from .selection import is_pattern, resolve
+from .selection import is_pattern, parse, resolve
 
 METHODS = ("greedy", "ranked", "eliminate")
 HELD_OUT = 0.5  # share of the pairs that are, where there are enough
@@ -59,11 +59,12 @@ def discover(
     of arguments. Recovery of a set S of units is 1 - d(y_S, y_source) / d(y_base, y_source), means over pairs divided:
     y_S is the output where the units of S jointly take their values of x_source's run and all else is computed.
 
-    target: what of the output counts: all of it (None), a group of `groups` by number or name, or a function of the
-    output that gives a tensor (rows,) or (rows, ...). effect: d, "l1", "mse", "rms" or "tv". sites, unit, heads: the
-    candidates, as in `patch_sweep`; of a pattern, sites that are the input or the output itself (no product or
-    convolution before, or behind them) are left out. They may lie in several layers: a unit of the set has its source's
-    value whatever comes before it. readout: chooses the tensor of an output that is none.
+    target: what of the output counts: all of it (None), elements of it ("output[0, 4:8]"), its mean ("output.mean"), a
+    group of `groups` by number or name, or a function of the output that gives a tensor (rows,) or (rows, ...). effect:
+    d, "l1", "mse", "rms" or "tv". sites, unit, heads: the candidates, as in `patch_sweep`; of a pattern, sites that are
+    the input or the output itself (no product or convolution before, or behind them) are left out. They may lie in
+    several layers: a unit of the set has its source's value whatever comes before it. readout: chooses the tensor of an
+    output that is none.
 
     method: "greedy" adds the unit of largest joint recovery until the goal is reached, then prunes; where no unit adds
     anything and yet all candidates jointly reach the goal (units that act only together), it starts from all of them
@@ -380,8 +381,17 @@ def _named(module: nn.Module, sites: Sequence[str]) -> Callable[[str], bool]:
 
 def _measured(target: Target, readout: Readout | None) -> tuple[Readout | None, str]:
     """What gives the tensor that counts, or of which a group does, and its name."""
-    if target is None or isinstance(target, int | str):
-        return readout, "output"
+    if target is None or isinstance(target, int | str) and target != "output.mean":
+        return readout, "output" if target is None else str(target)
+    if isinstance(target, str):
+
+        def mean(y: Any) -> Tensor:
+            y = y if readout is None else readout(y)
+            if not isinstance(y, Tensor):
+                raise InputError(f"module: its output is {type(y).__name__}; readout= must choose a tensor of it")
+            return y.flatten(1).mean(1, keepdim=True)
+
+        return mean, target
     if not callable(target):
         raise InputError(
             f"target: expected None, a group of groups= by number or name, or a function, got {type(target).__name__}"
@@ -400,7 +410,10 @@ def _measured(target: Target, readout: Readout | None) -> tuple[Readout | None, 
 def _group(target: Target, groups: Groups | None, pairs: Pairs) -> Groups:
     """The one group of output elements that counts."""
     elements = math.prod(pairs.shape)
-    if not isinstance(target, int | str):
+    if groups is None and isinstance(target, str) and target.startswith("output["):
+        chosen = parse(target).mask(pairs.shape)
+        return from_labels(torch.where(chosen, 0, -1), [target])
+    if not isinstance(target, int | str) or target == "output.mean":
         if groups is not None:
             raise InputError("groups: are for a target that is one of them, by number or name")
         return whole(elements)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .._allocator import kept_memory
 from ..errors import InputError
 from ..groups import Groups, whole
 from ..ops import effect_reduction
@@ -163,6 +164,7 @@ class Calls:
 
     def __enter__(self) -> Calls:
         self._stack.enter_context(channels_last(self._decoder, self.inputs.device))
+        self._stack.enter_context(kept_memory(self.inputs.device.type == "cpu"))
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..groups import Groups
 from .engine import most_bytes
-from .patch_sweeps import LARGEST_TILE, Passes, Readout, Target, targets_at
-from .patching import inputs_of, run_with_cache, taken
-from .trace import Trace, Value, laid_out, same, trace
+from .patch_sweeps import LARGEST_TILE, Passes, Target, targets_at
+from .patching import Readout, inputs_of, run_with_cache, taken
+from .trace import NOT_REPEATABLE, Trace, Value, same, trace
 
 MOST_COLUMNS = 512  # groups whose means are a product
 
@@ -44,10 +44,8 @@ class Pairs:
         self.source_args = _counterpart(self.args, self.rows, x_source)
         self.passes = Passes(module, self.args, self.rows, readout)
         self.targets = targets_at(self.passes, specs, unit, heads, reaching)
-        one = self.passes.trace(slice(0, 1), 1, [t.site for t in self.targets])
-        given = dict(zip(one.inputs, self.passes.tensors(slice(0, 1)), strict=True))
-        values = one.everything().run(given, {v for step in one.steps for v in step.makes} | set(one.inputs))
-        self.one = one
+        self.one, values = self.passes.one, self.passes.values
+        one = self.one
         self.shape = tuple(values[one.output].shape[1:])
         self.shapes = {t.site: tuple(values[t.value(one)].shape[1:]) for t in self.targets}
         self.device = values[one.output].device
@@ -84,8 +82,7 @@ class Pairs:
             return
         culprit = self._culprit(part, repeats, rows)
         raise InputError(
-            f"module: {culprit} gives other numbers for {name} when what it executed runs again; it keeps state "
-            "between calls, draws random numbers, or computes outside torch on values that it reads"
+            f"module: {culprit} gives other numbers for {name} when what it executed runs again; {NOT_REPEATABLE}"
         )
 
     def _culprit(self, part: slice, repeats: int, rows: tuple) -> str:
@@ -187,8 +184,11 @@ class GroupMeans:
 
 
 def mixed(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """old (rows, ...) with the elements of mask (1 or rows, E) taken from new (rows, ...)."""
-    return laid_out(torch.where(mask.to(old.device), new.to(old).flatten(1), old.flatten(1)), old)
+    """old (rows, ...) with the elements of mask (1 or rows, E) taken from new (rows, ...), laid out as old is."""
+    mask = mask.to(old.device).view(-1, *old.shape[1:])
+    if old.ndim == 4 and old.is_contiguous(memory_format=torch.channels_last):
+        mask = mask.contiguous(memory_format=torch.channels_last)
+    return torch.where(mask, new.to(old), old, out=torch.empty_like(old))
 
 
 def chosen_units(target: Target, numbers: Sequence[int], repeats: int, samples: int, device: torch.device) -> Tensor:

@@ -217,7 +217,7 @@ class Joint:
             for chunk in slices(len(variants), self.repeats):
                 here = variants[chunk]
                 sets = [common ^ toggles[v] for v in here]
-                y = self._variants(part, run, first, sets)
+                y = self._variants(part, run, first, sets, {s for v in here for s, _ in toggles[v]})
                 out[:, here] = self._distance(part, y)[:, : len(here)]
         self.ran += part.size * sum(map(len, by_first.values()))
         self.asked += part.size * len(toggles)
@@ -229,9 +229,11 @@ class Joint:
         differ = (run.before[value] != part.source[value]).flatten(1).any(0).cpu()
         return set(self.candidates[site].target.labels[differ].tolist())
 
-    def _variants(self, part: _Part, run: _Patched, first: int, sets: Sequence[frozenset[Unit]]) -> Tensor:
+    def _variants(
+        self, part: _Part, run: _Patched, first: int, sets: Sequence[frozenset[Unit]], toggled: set[int]
+    ) -> Tensor:
         """Outputs (rows, ...), each set in a row of every pair; up to the site `first` all is as in `run`."""
-        later = {s for units in sets for s, _ in units if s > first}
+        later = {s for s in {s for units in sets for s, _ in units} | toggled if s > first}
         sites = (first, *sorted(later))
         values = {**run.values, **{part.shape.values[s]: run.before[part.shape.values[s]] for s in sites}}
         held = {}

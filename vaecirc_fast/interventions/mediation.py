@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._allocator import kept_memory
 from ..errors import InputError, MissingExtra
 from ..groups import Groups, from_labels
 from ..metrics.causal import REPLICATES
 from ..metrics.statistics import resampled_interval, resampling_weights
 from .engine import slices
 from .forcing import GroupMeans, Held, Holding, Pairs, chosen_units, chosen_whole
+from .patch_kernels import Kernel, kernels_behind
 from .patching import Readout, device_of, inputs_of, quiet
 from .selection import parse, units
 from .trace import Trace, Value
@@ -232,15 +234,16 @@ def mediate(
         raise InputError(f"replicates: expected an integer of at least 0, got {replicates!r}")
     args, _ = inputs_of(x_base)
     started = time.perf_counter()
-    with quiet(module, device_of(args)):
+    device = device_of(args)
+    with quiet(module, device), kept_memory(device.type == "cpu"):
         pairs = Pairs(
             module, x_base, x_source, specs, unit=unit, heads=heads, reaching=False, readout=readout, tile=tile
         )
         reading = _Reading(outcome, pairs.shape, pairs.device)
         variants = _each(pairs, unit, heads) if each else [_jointly(pairs)]
         sums = _Sums(pairs.rows, sum(len(v.units) for v in variants), len(reading.names), per_sample, replicates, seed)
-        flops = _measure(pairs, reading, variants, sums)
-        return _result(pairs, reading, variants, sums, each, flops, time.perf_counter() - started)
+        flops, known = _measure(pairs, reading, variants, sums)
+        return _result(pairs, reading, variants, sums, each, flops, known, time.perf_counter() - started)
 
 
 @dataclass(frozen=True)
@@ -283,18 +286,18 @@ class _Reading:
         for n in shape:
             self.elements *= n
         self._means: GroupMeans | None = None
+        self.groups: Groups | None = None  # whose means it is
         self.name = "outcome"
         if isinstance(outcome, str):
             self.name = outcome
-            chosen = from_labels(torch.where(_chosen(outcome, shape), 0, -1))
-            self._means = GroupMeans(chosen, device)
+            self.groups = from_labels(torch.where(_chosen(outcome, shape), 0, -1))
         elif isinstance(outcome, Groups):
             self.name, self.names = "mean of each group of the output", outcome.names
             if outcome.labels.numel() != self.elements:
                 raise InputError(
                     f"outcome: groups partition {outcome.labels.numel()} elements, but the output has {self.elements}"
                 )
-            self._means = GroupMeans(outcome, device)
+            self.groups = outcome
         elif callable(outcome):
             self.name = getattr(outcome, "__name__", "outcome")
         else:
@@ -302,6 +305,9 @@ class _Reading:
                 'outcome: expected "output.mean", "output[...]", a callable y -> (rows,) or Groups, '
                 f"got {type(outcome).__name__}"
             )
+        if self.groups is not None:
+            self.groups = self.groups.to(device)
+            self._means = GroupMeans(self.groups, device)
 
     @property
     def grouped(self) -> bool:
@@ -317,6 +323,10 @@ class _Reading:
                 given = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
                 raise InputError(f"outcome: {self.name} gives {given} for {len(y)} rows, expected (rows,), one a row")
             found = made.double()[:, None]
+        return self.checked(found)
+
+    def checked(self, found: Tensor) -> Tensor:
+        """The same outcomes; InputError where they are not finite."""
         if not bool(torch.isfinite(found).all()):
             raise InputError(f"outcome: {self.name} is NaN or infinite where a mediator is forced")
         return found
@@ -364,9 +374,13 @@ class _Sums:
             self.drawn[:, :, where] += torch.einsum("rb,tbug->trug", w, torch.stack([te, nde, nie]))
 
 
-def _measure(pairs: Pairs, reading: _Reading, variants: Sequence[_Variant], sums: _Sums) -> int:
-    """All mediations, tile by tile of the samples; the operations they took."""
-    repeats = pairs.repeats(max(len(v.units) for v in variants))
+def _measure(pairs: Pairs, reading: _Reading, variants: Sequence[_Variant], sums: _Sums) -> tuple[int, list[str]]:
+    """All mediations, tile by tile of the samples; the operations they took, and the sites behind which are kernels."""
+    alone = [v.targets[0] for v in variants if v.units != (None,) and reading.groups is not None]
+    kernels = kernels_behind(pairs.passes, alone)
+    by_kernel = [v.units != (None,) and v.targets[0].selection in kernels for v in variants]
+    most = max((len(v.units) for v, known in zip(variants, by_kernel, strict=True) if not known), default=1)
+    repeats = pairs.repeats(most)
     traced: dict[int, tuple[Trace, list[Holding]]] = {}
     flops = 0
     for part in slices(pairs.rows, pairs.samples):
@@ -379,7 +393,7 @@ def _measure(pairs: Pairs, reading: _Reading, variants: Sequence[_Variant], sums
         runs = [pairs.run(now, part, repeats, keep, source) for source in (False, True)]
         w = sums.start(part)
         offset = 0
-        for variant, holding in zip(variants, holdings, strict=True):
+        for variant, holding, known in zip(variants, holdings, by_kernel, strict=True):
             masks = {value: _union(variant, now, value, pairs.device) for value in variant.values(now)}
             own = []
             for source, run in enumerate(runs):
@@ -389,6 +403,16 @@ def _measure(pairs: Pairs, reading: _Reading, variants: Sequence[_Variant], sums
                     pairs.check_reproduced(y, part, repeats, bool(source))
                 own.append(reading(y).view(size, repeats, -1))
             flops += 2 * holding.flops
+            if known:
+                (value,) = masks
+                acts = [run[value][::repeats] for run in runs]
+                crossed, ran = _by_kernel(kernels[variant.targets[0].selection], variant, acts, reading)
+                flops += ran
+                here = [a[:, :1].expand_as(crossed[0]) for a in own]
+                where = slice(offset, offset + len(variant.units))
+                sums.add(part, where, w, [here[0], *(a + c for a, c in zip(here, crossed, strict=True)), here[1]])
+                offset += len(variant.units)
+                continue
             for chunk in slices(len(variant.units), repeats):
                 n = chunk.stop - chunk.start
                 if variant.units != (None,):
@@ -403,7 +427,19 @@ def _measure(pairs: Pairs, reading: _Reading, variants: Sequence[_Variant], sums
                 where = slice(offset + chunk.start, offset + chunk.stop)
                 sums.add(part, where, w, [own[0][:, :n], *crossed, own[1][:, :n]])
             offset += len(variant.units)
-    return flops
+    return flops, [v.name for v, known in zip(variants, by_kernel, strict=True) if known]
+
+
+def _by_kernel(
+    kernel: Kernel, variant: _Variant, acts: Sequence[Tensor], reading: _Reading
+) -> tuple[list[Tensor], int]:
+    """Y(x0, M(x1)) - Y(x0, M(x0)) and Y(x1, M(x0)) - Y(x1, M(x1)) of every unit, (B, units, G) float64, of means of
+    groups; and the operations. acts: the site's activations in both runs."""
+    (target,) = variant.targets
+    assert reading.groups is not None
+    pairs = ((acts[0], acts[1]), (acts[1], acts[0]))
+    changes = [kernel.effects(a, b, target, "signed", reading.groups).double() for a, b in pairs]
+    return [reading.checked(c) for c in changes], 2 * len(acts[0]) * len(variant.units) * kernel.flops
 
 
 def _union(variant: _Variant, traced: Trace, value: Value, device: torch.device) -> Tensor:
@@ -419,6 +455,7 @@ def _result(
     sums: _Sums,
     each: bool,
     flops: int,
+    known: Sequence[str],
     seconds: float,
 ) -> Mediation:
     one, cut, reaches = pairs.one, {}, {}
@@ -440,6 +477,7 @@ def _result(
     plan = (
         f"{count} mediation{'s' if count > 1 else ''} of {pairs.rows} samples, tiles of {pairs.tile} rows; "
         + (f"{share:.0f} % of the operations of whole passes; " if share is not None else "")
+        + (f"kernels behind {', '.join(known)}; " if known else "")
         + f"{positions}; {1e6 * seconds / (count * pairs.rows):.1f} us a sample and mediation"
     )
     return Mediation(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,27 +11,35 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .._allocator import kept_memory
 from ..errors import InputError, MissingExtra
 from ..groups import Groups, whole
 from ..metrics.causal import REPLICATES
 from ..metrics.statistics import resampled_intervals, resampling_weights
 from ..ops import effect_reduction
-from ..ops.latent_sweep import ROW as LATENT_SWEEP
-from ..ops.latent_sweep import Dense, Network
-from ..ops.patch_mix import ROW as PATCH_MIX
 from ..reference.effect_reduction import KINDS
 from .engine import most_bytes, slices
-from .fused import agrees, backend_for
-from .networks import ACTIVATIONS, record
-from .patching import ABLATIONS, Readout, ablated, device_of, inputs_of, quiet, read_out, run_with_cache, taken
+from .patch_kernels import kernels_behind
+from .patching import (
+    ABLATIONS,
+    Readout,
+    ablated,
+    device_of,
+    inputs_of,
+    quiet,
+    read_out,
+    run_with_cache,
+    site_values,
+    taken,
+)
 from .selection import Selection, is_pattern, resolve, units
-from .trace import Program, Step, Trace, Value, laid_out, same, trace
+from .trace import NOT_REPEATABLE, Program, Trace, Value, same, trace
 
 if TYPE_CHECKING:
     import pandas
 
 LARGEST_TILE = 512  # rows of one pass
+PART_BYTES = 32 << 20  # of activations and effects of the samples that kernels take at once
 
 Weights = Callable[[int, int], Tensor]  # (how many samples, number of the first) -> (R, n) of each in each replicate
 
@@ -141,7 +149,8 @@ def patch_sweep(
         if source_rows != rows:
             raise InputError(f"x_source: has {source_rows} rows, x_base {rows}; they are pairs")
     started = time.perf_counter()
-    with quiet(module, device_of(args)):
+    device = device_of(args)
+    with quiet(module, device), kept_memory(device.type == "cpu"):
         passes = Passes(module, args, rows, readout)
         targets = targets_at(passes, sites, unit, heads)
         sources = Sources(module, source_args, rows, ablation, reference, seed)
@@ -214,10 +223,37 @@ def value_at(seen: Sequence[Value | None], site: str) -> Value:
 
 
 class Passes:
-    """The module on some of the rows, traced."""
+    """The module on some of the rows, traced.
+
+    one: the first row's pass, and `values` all it computed, once `look` was called; tile: rows of a whole pass whose
+    activations fit the cache.
+    """
+
+    one: Trace
+    values: dict[Value, Tensor]
+    tile: int
+    looked = False
 
     def __init__(self, module: nn.Module, args: tuple, rows: int, readout: Readout | None):
         self.module, self.args, self.rows, self.readout = module, args, rows, readout
+
+    def look(self, sites: Sequence[str]) -> None:
+        """Trace the first row's pass."""
+        self.one = one = self.trace(slice(0, 1), 1, sites)
+        start = dict(zip(one.inputs, self.tensors(slice(0, 1)), strict=True))
+        self.values = one.everything().run(start, {*start, *(v for step in one.steps for v in step.makes)})
+        device = self.values[one.output].device
+        self.looked = True
+        self.tile = max(1, min(most_bytes(device) // self.bytes_of(self.values), LARGEST_TILE))
+
+    def bytes_of(self, some: Iterable[Value]) -> int:
+        """Memory that these values of one row take, each storage once; at least 1."""
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in map(self.values.get, some)
+            if t is not None
+        }
+        return max(1, sum(storages.values()))
 
     def output(self, args: tuple) -> Tensor:
         return read_out(self.module(*args), self.readout)
@@ -225,19 +261,16 @@ class Passes:
     def check_repeatable(self, source: tuple | None) -> None:
         """InputError where a rerun of the first row's operations gives other numbers than the module does, for its own
         row or the source's."""
-        traced = self.trace(slice(0, 1), 1, [])
         for name, given in (("", self.args), (" for x_source", source)):
             args = taken(given or (), self.rows, slice(0, 1))
             tensors = [a for a in args if isinstance(a, Tensor) and a.ndim]
             if not given or [t.shape for t in tensors] != [t.shape for t in self.tensors(slice(0, 1))]:
                 continue
-            again = traced.everything().run(dict(zip(traced.inputs, tensors, strict=True)))[traced.output]
+            again = self.one.everything().run(dict(zip(self.one.inputs, tensors, strict=True)))[self.one.output]
             plain = self.output(args)
             if bool(torch.isfinite(plain).all()) and not same(again, plain):
-                raise InputError(
-                    f"module: gives other numbers{name} when {'it' if not name else 'what it executed'} runs again; it "
-                    "keeps state between calls, draws random numbers, or computes outside torch on values that it reads"
-                )
+                what = "what it executed" if name else "it"
+                raise InputError(f"module: gives other numbers{name} when {what} runs again; {NOT_REPEATABLE}")
 
     def tensors(self, part: slice, repeats: int = 1) -> list[Tensor]:
         """The arguments that are traced, for some rows, each repeated."""
@@ -269,18 +302,18 @@ def targets_at(
     leaves out, those of which nothing reaches the output."""
     found: dict[Selection, Target] = {}
     chosen = [(s, is_pattern(spec)) for spec in sites for s in resolve(passes.module, spec)]
-    traced = passes.trace(slice(0, 1), 1, [str(Selection(s.site, s.side)) for s, _ in chosen])
-    start = dict(zip(traced.inputs, passes.tensors(slice(0, 1)), strict=True))
+    passes.look([str(Selection(s.site, s.side)) for s, _ in chosen])
+    traced = passes.one
     for s, pattern in chosen:
         try:
             bare = Target(s, torch.empty(0), ())
             value = bare.value(traced)
-            shape = tuple(traced.everything().run(start, {value})[value].shape[1:])
+            shape = tuple(passes.values[value].shape[1:])
             mask = s.mask(shape)
             labels = torch.where(mask, units(shape, unit, heads).labels, -1)
             if reaching and traced.output not in traced.reached([value]):
                 raise InputError(f"{s}: nothing of it reaches the output; choose a site before it")
-            found.setdefault(s, Target(s, labels, tuple(labels[mask].unique().tolist())))
+            found.setdefault(s, Target(s, labels, tuple(labels[mask].bincount().nonzero()[:, 0].tolist())))
         except InputError:
             if not pattern:
                 raise
@@ -297,24 +330,27 @@ class Sources:
         self.reference = reference
         self._references: dict[str, Tensor] = {}
 
-    def of(self, targets: Sequence[Target], base: Sequence[Tensor], part: slice) -> list[Tensor]:
-        """For each target (B, ...), for the samples of `part`, whose base activations are given."""
+    def of(self, targets: Sequence[Target], base: Sequence[Tensor], part: slice, tile: int) -> list[Tensor]:
+        """For each target (B, ...), for the samples of `part`, whose base activations are given; `tile` rows a pass."""
+        names = [t.site for t in targets]
         if self.ablation != "resample":
-            if self.reference is not None and not self._references:
-                self._references = run_with_cache(self.module, self.reference, [t.site for t in targets])[1]
-            found = [self._references.get(t.site) for t in targets]
+            if self.reference is not None and not set(names) <= self._references.keys():
+                self._references |= run_with_cache(self.module, self.reference, names)[1]
+            found = [self._references.get(name) for name in names]
             pairs = zip(base, found, strict=True)
             return [ablated(self.ablation, a, r, self.seed + part.start) for a, r in pairs]
-        cache = run_with_cache(self.module, taken(self.args, self.rows, part), [t.site for t in targets])[1]
-        for t, a in zip(targets, base, strict=True):
-            if cache[t.site].shape != a.shape:
-                given = tuple(cache[t.site].shape)
-                raise InputError(f"{t.site}: gives {given} for x_source, {tuple(a.shape)} for x_base")
-        return [cache[t.site] for t in targets]
+        if part.start == 0:  # what can be wrong with a site is seen on one row
+            run_with_cache(self.module, taken(self.args, self.rows, slice(0, 1)), names)
+        given = site_values(self.module, self.args, self.rows, part, names, tile)
+        for name, a in zip(names, base, strict=True):
+            if given[name].shape != a.shape:
+                shapes = f"{tuple(given[name].shape)} for x_source, {tuple(a.shape)} for x_base"
+                raise InputError(f"{name}: gives {shapes}")
+        return [given[name] for name in names]
 
 
 class Sweep:
-    """All patches of all targets, tile by tile of the samples."""
+    """All patches of all targets, part by part of the samples."""
 
     def __init__(
         self,
@@ -328,24 +364,27 @@ class Sweep:
     ):
         self.passes, self.targets, self.sources = passes, targets, sources
         self.effect, self.recovery = effect, recovery
-        one = passes.trace(slice(0, 1), 1, [t.site for t in targets])
-        start = dict(zip(one.inputs, passes.tensors(slice(0, 1)), strict=True))
-        values = one.everything().run(start, set().union(*(step.makes for step in one.steps)))
+        if not passes.looked:
+            passes.look([t.site for t in targets])
+        one, values = passes.one, passes.values
         self.elements = values[one.output].numel()
         self.groups = self._partition(groups, values[one.output].device)
-        self.flops_of_a_pass, self.flops = sum(one.flops), 0
-        downstream = [one.between([t.value(one)], one.output) for t in targets]
-        made = [set().union(*(one.steps[n].makes for n in p.chosen)) for p in downstream]
-        largest = max(sum(values[v].nbytes for v in some if v in values) for some in made)
+        self.kernels = kernels_behind(passes, targets, recovery)
+        self.rest = [t for t in targets if t.selection not in self.kernels]
+        self.flops = self.bytes = 0  # of what ran
+        made = {t.selection: self._made_behind(t) for t in targets}
+        largest = max(sum(values[v].nbytes for v in made[t.selection]) for t in self.rest or targets)
         fitting = max(1, min(most_bytes(values[one.output].device) // max(largest, 1), LARGEST_TILE))
         self.tile = fitting if tile is None else tile
-        self.samples = min(passes.rows, self.tile)
-        self.kernels: dict[Selection, _Kernel] = {}
-        if not recovery:
-            for t in targets:
-                kernel = _kernel_behind(one, t.value(one), values, t)
-                if kernel is not None:
-                    self.kernels[t.selection] = kernel
+        self.tile_samples = min(passes.rows, self.tile)
+        self.repeats = max(1, min(self.tile // self.tile_samples, max((len(t.units) for t in self.rest), default=1)))
+        self.bytes_behind = {name: passes.bytes_of(some) for name, some in made.items()}
+        self.samples = self.tile_samples
+        if self.kernels:
+            held = 24 * len(self.groups) * sum(len(t.units) for t in targets)
+            held += 4 * sum(values[t.value(one)].nbytes for t in targets if t.selection in self.kernels)
+            self.samples = max(1, min(passes.rows, PART_BYTES // held))
+        self._traced: dict[int, Trace] = {}
 
     def run(self, replicates: int, seed: int, started: float) -> PatchEffects:
         rows = self.passes.rows
@@ -359,50 +398,17 @@ class Sweep:
         effects (U, G); drawn (R, U), of the effect on the whole output, weighted, and weights (R,); with a recovery
         also near (U,) and apart (), of the distances.
         """
-        passes, targets = self.passes, self.targets
-        rest = [t for t in targets if t.selection not in self.kernels]
-        most = max((len(t.units) for t in rest), default=1)
-        repeats = max(1, min(self.tile // self.samples, most))
-        traced: dict[int, Trace] = {}
         sums: dict[str, Tensor] = {}
-        groups = self.groups
-        for part in slices(passes.rows, self.samples):
-            size = part.stop - part.start
-            if size not in traced:
-                traced[size] = passes.trace(part, repeats, [t.site for t in targets])
-            now = traced[size]
-            starts = [t.value(now) for t in targets]
-            programs = [now.between([v], now.output) for v in starts]
-            keep = {v for program in programs for v in program.needs} | set(starts)
-            inputs = dict(zip(now.inputs, passes.tensors(part, repeats), strict=True))
-            values = now.everything().run(inputs, keep)
-            base = values[now.output].flatten(1)
-            given = None
-            if self.recovery:
-                given = passes.output(taken(self.sources.args, passes.rows, part)).flatten(1)
-            sources = self.sources.of(targets, [values[v][::repeats] for v in starts], part)
-            found, near = [], []
-            for target, program, start, source in zip(targets, programs, starts, sources, strict=True):
-                kernel = self.kernels.get(target.selection)
-                if kernel is not None:
-                    found.append(kernel.effects(values[start][::repeats], source, target, self.effect, groups))
-                    self.flops += size * len(target.units) * kernel.flops
-                    continue
-                e, d = self._generic(program, values, start, source, target, base, given, repeats, groups)
-                found.append(e)
-                near.append(d)
-            effects = torch.cat(found, 1).double()  # (B, U, G)
+        for part in slices(self.passes.rows, self.samples):
+            effects, *near = self._part(part)
             if not bool(torch.isfinite(effects).all()):
                 u = int((~torch.isfinite(effects)).any(2).any(0).nonzero()[0])
                 site, unit = self._labels()[u]
                 raise InputError(f"{site}: the output is NaN or infinite when unit {unit} is patched")
-            w = weights(size, part.start).to(effects)
-            drawn = w @ (effects @ self._weights(groups).to(effects))
+            w = weights(len(effects), part.start).to(effects)
+            drawn = w @ (effects @ self._weights().to(effects))
             update = {"effects": effects.sum(0), "drawn": drawn, "weights": w.sum(1)}
-            if given is not None:
-                everything = whole(self.elements)
-                apart = effect_reduction(given, base[::repeats][:, None], self.effect, groups=everything)
-                update |= {"near": torch.cat(near, 1).double().sum(0), "apart": apart.double().sum()}
+            update |= dict(zip(("near", "apart"), (d.sum(0) for d in near), strict=False))
             sums = {name: sums[name] + value for name, value in update.items()} if sums else update
         return sums
 
@@ -418,24 +424,83 @@ class Sweep:
             self.effect,
             self.sources.ablation,
             samples,
-            self._weights(self.groups),
+            self._weights(),
             recovery=1 - sums["near"] / sums["apart"] if self.recovery else None,
             replicates=(sums["drawn"][some] / sums["weights"][some, None]).cpu() if len(some) else None,
             plan=plan,
         )
 
+    def _part(self, part: slice) -> list[Tensor]:
+        """Effects (B, U, G) on some samples; with recovery also distances to the source's output, (B, U) of the patched
+        outputs and (B,) of the base's. Float64."""
+        found: dict[Selection, list[Tensor]] = self._by_kernels(part) if self.kernels else {}
+        if self.rest:
+            by_tile = [
+                self._tile(slice(part.start + s.start, part.start + s.stop))
+                for s in slices(part.stop - part.start, self.tile_samples)
+            ]
+            for n, t in enumerate(self.rest):
+                found[t.selection] = [torch.cat(same) for same in zip(*(tile[n] for tile in by_tile), strict=True)]
+        by_kind = list(zip(*(found[t.selection] for t in self.targets), strict=True))
+        out = [torch.cat(some, 1).double() for some in by_kind[:2]]
+        return out + [some[0].double() for some in by_kind[2:]]  # the base's distance is the same at all sites
+
+    def _by_kernels(self, part: slice) -> dict[Selection, list[Tensor]]:
+        passes = self.passes
+        targets = [t for t in self.targets if t.selection in self.kernels]
+        names = [t.site for t in targets]
+        values = site_values(passes.module, passes.args, passes.rows, part, names, passes.tile)
+        sources = self.sources.of(targets, [values[name] for name in names], part, passes.tile)
+        found, everything = {}, whole(self.elements)
+        for t, source in zip(targets, sources, strict=True):
+            kernel, base = self.kernels[t.selection], values[t.site]
+            found[t.selection] = [kernel.effects(base, source, t, self.effect, self.groups)]
+            if self.recovery:
+                d = kernel.effects(base, source, t, self.effect, everything, against="source")[..., 0]
+                found[t.selection] += [d[:, :-1], d[:, -1]]
+            self.flops += (1 + self.recovery) * len(base) * len(t.units) * kernel.flops
+        return found
+
+    def _tile(self, part: slice) -> list[list[Tensor]]:
+        """For each target behind which is no kernel: what `_part` gives, of few samples."""
+        passes, size, repeats = self.passes, part.stop - part.start, self.repeats
+        if size not in self._traced:
+            self._traced[size] = passes.trace(part, repeats, [t.site for t in self.rest])
+        now = self._traced[size]
+        starts = [t.value(now) for t in self.rest]
+        programs = [now.between([v], now.output) for v in starts]
+        keep = {v for program in programs for v in program.needs} | set(starts)
+        inputs = dict(zip(now.inputs, passes.tensors(part, repeats), strict=True))
+        values = now.everything().run(inputs, keep)
+        base = values[now.output].flatten(1)
+        given = apart = None
+        if self.recovery:
+            given = passes.output(taken(self.sources.args, passes.rows, part)).flatten(1)
+            apart = effect_reduction(given, base[::repeats][:, None], self.effect, groups=whole(self.elements))[:, 0, 0]
+        sources = self.sources.of(self.rest, [values[v][::repeats] for v in starts], part, passes.tile)
+        found = []
+        for target, program, start, source in zip(self.rest, programs, starts, sources, strict=True):
+            e, d = self._generic(program, values, start, source, target, base, given)
+            found.append([e] if apart is None else [e, d, apart])
+        return found
+
     def _labels(self) -> list[tuple[str, int]]:
         return [(t.site, unit) for t in self.targets for unit in t.units]
 
-    def _weights(self, groups: Groups) -> Tensor:
-        sizes = groups.sizes.double()
-        return torch.full_like(sizes, 1 / len(groups)) if self.effect == "tv" else sizes / sizes.sum()
+    def _weights(self) -> Tensor:
+        sizes = self.groups.sizes.double()
+        return torch.full_like(sizes, 1 / len(sizes)) if self.effect == "tv" else sizes / sizes.sum()
 
     def _partition(self, groups: Groups | None, device: torch.device) -> Groups:
         groups = (whole(self.elements) if groups is None else groups).to(device)
         if groups.labels.numel() != self.elements:
             raise InputError(f"groups: partition {groups.labels.numel()} elements, but the output has {self.elements}")
         return groups
+
+    def _made_behind(self, target: Target) -> set[Value]:
+        one = self.passes.one
+        made = set().union(*(one.steps[n].makes for n in one.between([target.value(one)], one.output).chosen))
+        return made & self.passes.values.keys()
 
     def _generic(
         self,
@@ -446,29 +511,23 @@ class Sweep:
         target: Target,
         base: Tensor,
         given: Tensor | None,
-        repeats: int,
-        groups: Groups,
     ) -> tuple[Tensor, Tensor]:
         """Effects (B, U, G) of all units of a site, and distances (B, U) to the source's output. Each sample has
         `repeats` rows, for as many units at once."""
-        activation = values[start]
+        activation, repeats = values[start], self.repeats
         size, count = len(activation) // repeats, len(target.units)
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
-        effects = base.new_zeros(size, count, len(groups), dtype=dtype)
+        effects = base.new_zeros(size, count, len(self.groups), dtype=dtype)
         distances = effects.new_zeros(size, count)
-        labels = target.labels.to(base.device)
-        numbers = torch.tensor(target.units, device=base.device)
-        rows = activation.flatten(1).view(size, repeats, -1)
-        new = source.to(activation).flatten(1)[:, None]
+        units = Units(target, activation, source, repeats)
         everything = whole(self.elements)
         for chunk in slices(count, repeats):
             n = chunk.stop - chunk.start
-            chosen = torch.zeros(repeats, len(labels), dtype=torch.bool, device=base.device)
-            chosen[:n] = labels == numbers[chunk, None]
-            mixed = laid_out(torch.where(chosen, new, rows), activation)
-            y = program.run({**values, start: mixed})[program.trace.output].flatten(1)
+            patched = program.run({**values, start: units.set(target.units[chunk])})
+            y = patched[program.trace.output].flatten(1)
             self.flops += program.flops
-            e = effect_reduction(base, y[:, None], self.effect, groups=groups)
+            self.bytes += len(activation) * self.bytes_behind[target.selection]
+            e = effect_reduction(base, y[:, None], self.effect, groups=self.groups)
             effects[:, chunk] = e.view(size, repeats, -1)[:, :n]
             if given is not None:
                 d = effect_reduction(given, y.view(size, repeats, -1), self.effect, groups=everything)
@@ -476,75 +535,51 @@ class Sweep:
         return effects, distances
 
     def plan(self, samples: int, seconds: float) -> str:
-        patched = len(self._labels()) * samples
-        share = 100 * self.flops / max(1, patched * self.flops_of_a_pass)
+        """What was done with so many samples, for people."""
+        passes, patched = self.passes, len(self._labels()) * samples
+        flops = patched * sum(passes.one.flops)
+        held = patched * passes.bytes_of(v for step in passes.one.steps for v in step.makes)
         behind = dict.fromkeys(t.site for t in self.targets if t.selection in self.kernels)
         kernels = f"; kernels behind {', '.join(behind)}" if behind else ""
         return (
             f"{patched} patched samples at {len(self.targets)} sites, tiles of {self.tile} rows; only what depends on "
-            f"a site runs again: {share:.0f} % of the operations of whole passes{kernels}; "
-            f"{1e6 * seconds / max(patched, 1):.1f} us a patched sample"
+            f"a site runs again: {100 * self.flops / max(1, flops):.0f} % of the operations of whole passes, "
+            f"{readable(flops - self.flops)}FLOP saved, and {readable(held - self.bytes)}B of activations never "
+            f"made{kernels}; {1e6 * seconds / max(patched, 1):.1f} us a patched sample"
         )
 
 
-@dataclass(frozen=True)
-class _Kernel:
-    """What is behind a vector or image: activations to pass first, then a network that the kernels know.
+def readable(n: float) -> str:
+    """A number with its prefix: 12345678 as "12.3 M"."""
+    for prefix in ("", "k", "M", "G"):
+        if abs(n) < 1000:
+            return f"{n:.3g} {prefix}"
+        n /= 1000
+    return f"{n:.3g} T"
 
-    alone: every unit is one element of a vector, which the op `latent_sweep` shifts; `patch_mix` sets any unit.
+
+class Units:
+    """Activations in which units of a site are another's, in the memory layout of what they replace.
+
+    activation: (B * repeats, ...), each sample's rows side by side; source: (B, ...).
     """
 
-    lead: tuple[Step, ...]
-    network: Network
-    alone: bool
-    flops: int
+    def __init__(self, target: Target, activation: Tensor, source: Tensor, repeats: int):
+        self.activation, self.repeats = activation, repeats
+        shape = activation.shape[1:]
+        self.labels = target.labels.to(activation.device).view(shape)
+        self.new = source.to(activation)[:, None]
+        self.last = activation.ndim == 4 and activation.is_contiguous(memory_format=torch.channels_last)
 
-    def effects(self, base: Tensor, source: Tensor, target: Target, effect: str, groups: Groups) -> Tensor:
-        """(B, U, G) of setting each unit of base (B, ...) to the source's."""
-        base, source = self._pass(base).flatten(1), self._pass(source.to(base)).flatten(1)
-        numbers = torch.tensor(target.units, device=base.device)
-        if self.alone:
-            shifts = (source - base)[:, numbers]
-            return ops.latent_sweep(base, numbers[:, None], shifts[..., None], self.network, effect, groups=groups)
-        labels = target.labels.to(base.device, torch.int32)
-        return ops.patch_mix(base, source, labels, numbers, self.network, effect, groups=groups)
-
-    def _pass(self, a: Tensor) -> Tensor:
-        for step in self.lead:
-            a = step.func(a.clone() if step.written else a, *step.args[1:], **step.kwargs)
-        return a
-
-
-def _kernel_behind(one: Trace, value: Value, values: dict[Value, Tensor], target: Target) -> _Kernel | None:
-    """The kernel for what is behind a site, judged on a pass of one row; None where there is none."""
-    if value not in values or values[value].ndim not in (2, 4):
-        return None
-    lead: list[Step] = []
-    while True:
-        program = one.between([value], one.output)
-        readers = [one.steps[n] for n in program.chosen if value in one.steps[n].reads]
-        if len(readers) != 1 or program.needs:
-            return None
-        (step,) = readers
-        if step.func not in ACTIVATIONS:
-            break
-        lead.append(step)
-        after = step.made[0] if step.made[0] is not None else step.written[0][1]
-        if after == one.output:
-            return None
-        value = after
-
-    def call(a: Tensor) -> Tensor:
-        return program.run({value: a})[one.output]
-
-    row = values[value]
-    recorded = record(call, row, images=True)
-    network = recorded.network
-    if network is None:
-        return None
-    own = torch.arange(len(target.labels))
-    alone = isinstance(network.layers[0], Dense) and bool(((target.labels == own) | (target.labels < 0)).all())
-    kernel = backend_for(row, row=LATENT_SWEEP if alone else PATCH_MIX)
-    if kernel in (None, "reference") or not agrees(network, row, recorded.output.flatten(1)):
-        return None
-    return _Kernel(tuple(lead), network, alone, 2 * sum(network.multiplications()[int(alone) :]))
+    def set(self, units: Sequence[int]) -> Tensor:
+        """Row r of each sample with the elements of units[r] set; rows behind them are as they were."""
+        a = self.activation
+        numbers = torch.full((self.repeats,), -2, device=a.device)
+        numbers[: len(units)] = torch.tensor(units, device=a.device)
+        mask = self.labels == numbers.view(-1, *(1 for _ in a.shape[1:]))
+        if self.last:
+            mask = mask.contiguous(memory_format=torch.channels_last)
+        out = torch.empty_like(a)
+        by_sample = (-1, self.repeats)
+        torch.where(mask, self.new, a.unflatten(0, by_sample), out=out.unflatten(0, by_sample))
+        return out

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 
 from ..errors import InputError
 from .engine import channels_last, refuse_train_mode
-from .selection import Selection, is_pattern, resolve
+from .selection import Selection, is_pattern, parse, resolve
 
 ABLATIONS = ("zero", "mean", "mean-positional", "resample", "noise")
 Readout = Callable[[Any], Tensor]
@@ -54,7 +54,8 @@ def inputs_of(x: Any) -> tuple[tuple[Any, ...], int]:
         raise InputError(
             f"x: expected a tensor (N, ...) or a tuple of arguments with one, N > 0, got {type(x).__name__}"
         )
-    if first.is_floating_point() and not bool(torch.isfinite(first).all()):
+    # of all numbers only two: no copy of them is made
+    if first.is_floating_point() and first.numel() and not all(bool(torch.isfinite(e)) for e in torch.aminmax(first)):
         raise InputError("x: contains NaN or infinity")
     return args, len(first)
 
@@ -112,6 +113,44 @@ def run_with_cache(module: nn.Module, x: Any, sites: Sequence[str] = ("*",)) -> 
         elif name in exact:
             raise InputError(problem)
     return y, cache
+
+
+class _Reached(BaseException):
+    """All that was asked for has passed: what is behind it need not run."""
+
+
+def site_values(
+    module: nn.Module, args: tuple[Any, ...], rows: int, part: slice, sites: Sequence[str], tile: int
+) -> dict[str, Tensor]:
+    """Activations (B, ...) at sites, by name, for the rows of `part`, `tile` rows at a time and no further than needed.
+
+    Within `quiet`. sites: paths, or "path.input", which one row's pass is known to reach once. InputError for those
+    that are not reached here or give no floats (B, ...).
+    """
+    modules = dict(module.named_modules())
+    chosen = {name: parse(name) for name in dict.fromkeys(sites)}
+    found: dict[str, list[Tensor]] = {name: [] for name in chosen}
+    with contextlib.ExitStack() as stack:
+        now: dict[str, list[Any]] = {}
+        for name, s in chosen.items():
+
+            def keep(x: Any, name: str = name) -> None:
+                now[name].append(x)
+                if all(now.values()):
+                    raise _Reached
+
+            stack.callback(_watch(modules[s.site], s, keep).remove)
+        for n in range(part.start, part.stop, tile):
+            some = slice(n, min(n + tile, part.stop))
+            now.update((name, []) for name in chosen)
+            with contextlib.suppress(_Reached):
+                module(*taken(args, rows, some))
+            for name, seen in now.items():
+                problem = _problem(name, seen[:1], some.stop - some.start)
+                if problem is not None:
+                    raise InputError(problem)
+                found[name].append(seen[0])
+    return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
 
 
 def _problem(name: str, seen: list[Any], rows: int) -> str | None:

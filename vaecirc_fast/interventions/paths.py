@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._allocator import kept_memory
 from ..errors import InputError, MissingExtra
 from ..groups import Groups, from_labels
 from ..metrics.causal import REPLICATES
@@ -182,7 +183,8 @@ def path_patch(
         raise InputError(f"each: expected a site with [*] in the path, got {path!r}")
     args, _ = inputs_of(x_base)
     started = time.perf_counter()
-    with quiet(module, device_of(args)):
+    device = device_of(args)
+    with quiet(module, device), kept_memory(device.type == "cpu"):
         specs = [str(s) for s in chosen]
         pairs = Pairs(module, x_base, x_source, specs, unit=unit, heads=heads, readout=readout, tile=tile)
         bypassed = _check_order(pairs)

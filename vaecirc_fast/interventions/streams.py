@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._allocator import kept_memory
 from .._tensor_files import read_tensors, write_tensors
 from ..errors import InputError
 from ..groups import Groups
@@ -112,7 +113,7 @@ class _Run:
         self.readout, self.replicates, self.seed, self.tile = readout, replicates, seed, tile
         self.sources = Sources(module, None, 0, ablation, reference, seed)
         self.counted = self.saved = _Counted()
-        self.flops = 0
+        self.flops = self.bytes = 0
         self.targets: list[Target] = []
         self.configuration: dict[str, Any] = {}
         self._rows: list[tuple] = []
@@ -129,7 +130,8 @@ class _Run:
                 base, source = self._split(item, seen)
                 args, rows = inputs_of(base)
                 data = _digest(data, args, source)
-                with quiet(self.module, device_of(args)):
+                device = device_of(args)
+                with quiet(self.module, device), kept_memory(device.type == "cpu"):
                     passes = Passes(self.module, args, rows, self.readout)
                     if not seen:
                         self._look(passes, args)
@@ -228,7 +230,7 @@ class _Run:
         sums = sweep.sums(weights)
         if before.sums:
             sums = {name: before.sums[name] + value for name, value in sums.items()}
-        self.flops += sweep.flops
+        self.flops, self.bytes = self.flops + sweep.flops, self.bytes + sweep.bytes
         self.counted = _Counted(sums, before.batches + 1, before.samples + rows, data)
 
     def _result(self, sweep: Sweep, before: _Counted, seconds: float) -> PatchEffects:
@@ -241,7 +243,7 @@ class _Run:
         plan = f"{n} samples in {self.counted.batches} batches"
         plan += f", {before.batches} of which an earlier run had counted" if before.batches else ""
         if n > before.samples:
-            sweep.flops = self.flops
+            sweep.flops, sweep.bytes = self.flops, self.bytes
             plan += f"; in this run {sweep.plan(n - before.samples, seconds)}"
         return sweep.result(sums, n, plan)
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from ..errors import InputError
 
 REPRODUCES = 1024  # epsilons of the largest output: a program runs what the module runs, at the same shapes
+NOT_REPEATABLE = "it keeps state between calls, draws random numbers, or computes outside torch on values that it reads"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,26 @@ class Step:
         """The values that are new once it has run."""
         return {v for v in (*self.made, *(v for _, v in self.written)) if v is not None}
 
+    @cached_property
+    def _plain(self) -> tuple[tuple[int, Value], ...]:
+        return tuple((n, a) for n, a in enumerate(self.args) if isinstance(a, Value))
+
+    @cached_property
+    def _nested(self) -> tuple[int | str, ...]:
+        """Arguments with Values inside lists."""
+        named = [(n, a) for n, a in enumerate(self.args) if not isinstance(a, Value)] + list(self.kwargs.items())
+        return tuple(n for n, a in named if any(map(_is_value, tree_iter(a, is_leaf=_is_value))))
+
+    def arguments(self, current: Mapping[Value, Tensor]) -> tuple[list, dict]:
+        """Positional and keyword arguments with tensors in place of Values."""
+        args, keywords = list(self.args), dict(self.kwargs)
+        for n, value in self._plain:
+            args[n] = current[value]
+        for n in self._nested:
+            where: Any = args if isinstance(n, int) else keywords
+            where[n] = tree_map(lambda a: current[a] if isinstance(a, Value) else a, where[n], is_leaf=_is_value)
+        return args, keywords
+
 
 @dataclass
 class Place:
@@ -64,6 +86,7 @@ class Trace:
     steps: tuple[Step, ...]
     places: Mapping[str, Place]
     flops: tuple[int, ...]  # of each step: matrix products and convolutions
+    layouts: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # shape and strides of each Value, by its number
 
     def downstream(self, starts: Iterable[Value]) -> Program:
         """What must run again once these values are others; all else keeps its value."""
@@ -124,22 +147,21 @@ class Program:
         for value, n in last.items():
             self._dead.setdefault(n, []).append(value)
 
+    def last_used(self, step: int) -> Sequence[Value]:
+        """Values that no step after this one reads."""
+        return self._dead.get(step, ())
+
     def run(self, values: Mapping[Value, Tensor], keep: Collection[Value] = ()) -> dict[Value, Tensor]:
         """Run the steps on `values`, the starts and all of `needs`; returns the output and what `keep` names."""
         wanted = {self.trace.output, *keep}
         current = dict(values)
         for n in self.chosen:
             step = self.trace.steps[n]
-            written = dict(step.written)
-
-            def given(leaf: Any) -> Any:
-                return current[leaf] if isinstance(leaf, Value) else leaf
-
-            args = [tree_map(given, a, is_leaf=_is_value) for a in step.args]
-            for position in written:
+            args, keywords = step.arguments(current)
+            for position, _ in step.written:
                 args[position] = args[position].clone()  # what others read stays as it is
-            out = step.func(*args, **tree_map(given, dict(step.kwargs), is_leaf=_is_value))
-            tensors = [t for t in tree_iter(out) if isinstance(t, Tensor)]
+            out = step.func(*args, **keywords)
+            tensors = (out,) if isinstance(out, Tensor) else [t for t in tree_iter(out) if isinstance(t, Tensor)]
             for value, t in zip(step.made, tensors, strict=True):
                 # a start keeps the value that it was given
                 if value is not None and value not in self.starts:
@@ -182,8 +204,8 @@ def trace(
 
     sites: modules by path whose inputs and outputs are noted. A site's value is its own, as a hook's is: a module that
     passes its input on gives a copy, and "path.input" asks that the module of that path be given one. InputError names
-    what cannot be run again faithfully: random numbers, decisions that depend on values, operations in place on
-    views, buffers that the pass changes.
+    what cannot be run again faithfully: random numbers, decisions that depend on values, buffers that the pass
+    changes.
     """
     modules = dict(module.named_modules())
     recorder = _Recorder(args, {id(m): name for name, m in modules.items()})
@@ -204,10 +226,47 @@ def trace(
     value = recorder.value_of(output)
     if value is None:
         raise InputError("module: its output does not come from its input through torch's operations")
-    return (
-        Trace(recorder.inputs, value, tuple(recorder.steps), recorder.places, tuple(recorder.flops)),
-        output,
-    )
+    steps, flops = tuple(recorder.steps), tuple(recorder.flops)
+    return Trace(recorder.inputs, value, steps, recorder.places, flops, recorder.layouts()), output
+
+
+_PARENT = object()
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """How a tensor was made of its parent, whose memory it shares: the n-th of what the operation gives."""
+
+    func: Any
+    args: tuple  # with _PARENT
+    kwargs: Mapping[str, Any]
+    n: int
+
+    def of(self, parent: Tensor) -> Tensor:
+        """The same view of another tensor of the parent's layout."""
+        args = tree_map(lambda a: parent if a is _PARENT else a, self.args)
+        return [t for t in tree_iter(self.func(*args, **self.kwargs)) if isinstance(t, Tensor)][self.n]
+
+
+@dataclass(frozen=True)
+class _Rewritten:
+    """An operation that writes into a view, or into what has views: (root, other arguments) -> the root and all views
+    of it, in order, as they are afterwards. target: the number of the view that is written into."""
+
+    func: Any
+    position: int
+    target: int
+    chains: tuple[tuple[_View, ...], ...] = field(compare=False)
+
+    def __call__(self, root: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
+        root = root.clone()  # what others read stays as it is
+        self.func(*args[: self.position], self._view(self.target, root), *args[self.position :], **kwargs)
+        return [self._view(n, root) for n in range(len(self.chains))]
+
+    def _view(self, n: int, root: Tensor) -> Tensor:
+        for view in self.chains[n]:
+            root = view.of(root)
+        return root
 
 
 class _Recorder(TorchDispatchMode):
@@ -222,8 +281,13 @@ class _Recorder(TorchDispatchMode):
         self.refusal = ""
         self._values: dict[int, Value] = {}
         self._kept: list[Tensor] = []  # ids stay theirs while the tensors live
-        self._storages: dict[int, int] = {}  # how many tensors lie in a storage
+        self._storages: dict[int, list[Tensor]] = {}  # the tensors that lie in a storage
+        self._views: dict[int, tuple[Tensor, _View]] = {}  # by id, the tensor that one is a view of
+        self._foreign: set[int] = set()  # storages of parameters and buffers
         self.inputs = tuple(self._new(t) for t in inputs)
+
+    def layouts(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+        return tuple((tuple(t.shape), t.stride()) for t in self._kept)
 
     def value_of(self, tensor: Any) -> Value | None:
         return self._values.get(id(tensor))
@@ -259,7 +323,7 @@ class _Recorder(TorchDispatchMode):
         self._values[id(tensor)] = value
         if not again:
             storage = tensor.untyped_storage().data_ptr()
-            self._storages[storage] = self._storages.get(storage, 0) + 1
+            self._storages.setdefault(storage, []).append(tensor)
         return value
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -286,7 +350,18 @@ class _Recorder(TorchDispatchMode):
         arguments, keywords = tree_map(noted, tuple(args)), tree_map(noted, dict(kwargs))
         reads = tuple(v for v in tree_iter((arguments, keywords), is_leaf=_is_value) if isinstance(v, Value))
         writes = self._writes(func, args, kwargs)
+        behind = self._behind_view(func, args, writes)
         out = func(*args, **kwargs)
+        if behind is not None:
+            again, root, aliases = behind
+            values = (self._values[id(root)], *arguments[: again.position], *arguments[again.position + 1 :])
+            reads = tuple(v for v in tree_iter((values, keywords), is_leaf=_is_value) if isinstance(v, Value))
+            made = tuple(self._new(alias, again=True) for alias in aliases)
+            self.steps.append(Step(again, values, keywords, made, (), reads))
+            self.flops.append(0)
+            return out
+        if not writes:
+            self._note_views(func, args, kwargs, given, out)
         written = tuple((position, self._new(args[position], again=True)) for position in writes)
         already = {id(args[position]) for position in writes}
         made = tuple(None if id(t) in already else self._new(t) for t in tree_iter(out) if isinstance(t, Tensor))
@@ -306,12 +381,58 @@ class _Recorder(TorchDispatchMode):
             if not isinstance(target, Tensor):
                 continue
             if id(target) not in self._values:
-                self._refuse(f"{func} changes a buffer or parameter of the module")
-            elif n >= len(args) or self._storages[target.untyped_storage().data_ptr()] > 1:
-                self._refuse(f"{func} changes a view, or what has one, in place; use the operation out of place")
+                self._refuse(
+                    f"{func} changes what does not come from the input in place: a buffer, say, or a new tensor"
+                )
+            elif n >= len(args):
+                self._refuse(f"{func} writes into a tensor that it is given by name; use its result")
             else:
                 positions.append(n)
         return positions
+
+    def _note_views(self, func: Any, args: tuple, kwargs: dict, given: list[Tensor], out: Any) -> None:
+        parts = [t for t in tree_iter(out) if isinstance(t, Tensor)]
+        for n, part in enumerate(parts):
+            storage = part.untyped_storage().data_ptr()
+            parents = [t for t in given if part.numel() and t.untyped_storage().data_ptr() == storage]
+            if not parents or parents[0] is part:
+                continue
+            if id(parents[0]) not in self._values:
+                self._foreign.add(storage)
+            elif len([t for t in given if id(t) in self._values]) == 1:
+                parent = parents[0]
+                template = tree_map(lambda a, parent=parent: _PARENT if a is parent else a, args)
+                self._views[id(part)] = parent, _View(func, template, kwargs, n)
+
+    def _behind_view(self, func: Any, args: tuple, writes: list[int]) -> tuple[_Rewritten, Tensor, list[Tensor]] | None:
+        """Where an operation writes into what shares its memory: how to run it again, the first tensor of that memory,
+        and all of them."""
+        for position in writes:
+            storage = args[position].untyped_storage().data_ptr()
+            aliases = list(dict.fromkeys(self._storages[storage]))
+            if len(aliases) == 1:
+                continue
+            chains = [self._chain(alias, aliases[0]) for alias in aliases]
+            if len(writes) > 1 or storage in self._foreign or any(chain is None for chain in chains):
+                self._refuse(f"{func} changes a view, or what has one, in place; use the operation out of place")
+                return None
+            for name, place in self.places.items():  # a patch of such a site would be no part of that memory
+                if any(v is not None and id(self._kept[v.number]) in map(id, aliases[1:]) for v in place.outputs):
+                    self._refuse(f"{func} changes in place what shares memory with {name}; choose the site before it")
+                    return None
+            where = next(n for n, alias in enumerate(aliases) if alias is args[position])
+            return _Rewritten(func, position, where, tuple(chain or () for chain in chains)), aliases[0], aliases
+        return None
+
+    def _chain(self, alias: Tensor, root: Tensor) -> tuple[_View, ...] | None:
+        """The views that lead from the root to an alias of its memory."""
+        chain: list[_View] = []
+        while alias is not root:
+            if id(alias) not in self._views:
+                return None
+            alias, view = self._views[id(alias)]
+            chain.append(view)
+        return tuple(reversed(chain))
 
     def _refuse(self, why: str) -> None:
         """Keeps the first reason, with the innermost module that is running."""

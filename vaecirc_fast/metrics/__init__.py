@@ -4,6 +4,7 @@ from . import statistics
 from .activity import active_units, posterior_scale_from
 from .battery import battery
 from .causal import ces, model_ces, model_specificity, specificity
+from .dci import Dci, DisentanglementCompleteness, dci, disentanglement_completeness
 from .effect_matrix import EffectDisentanglement, effect_disentanglement
 from .encoded import Encoded, encode_grid
 from .explicitness import Explicitness, explicitness
@@ -20,6 +21,7 @@ from .reconstruction import (
     reconstruction_loss,
     reconstruction_report,
 )
+from .sap import Sap, sap
 from .score import Score
 from .statistics import Estimate
 from .udr import Udr, udr
@@ -29,6 +31,8 @@ __all__ = [
     "BetaVaeScore",
     "CircuitGraph",
     "CircuitModularity",
+    "Dci",
+    "DisentanglementCompleteness",
     "EffectDisentanglement",
     "Encoded",
     "Estimate",
@@ -38,6 +42,7 @@ __all__ = [
     "Mig",
     "Modularity",
     "ReconstructionReport",
+    "Sap",
     "Score",
     "Udr",
     "active_units",
@@ -47,6 +52,8 @@ __all__ = [
     "ces",
     "circuit_graph",
     "circuit_modularity",
+    "dci",
+    "disentanglement_completeness",
     "effect_disentanglement",
     "encode_grid",
     "explicitness",
@@ -65,6 +72,7 @@ __all__ = [
     "posterior_scale_from",
     "reconstruction_loss",
     "reconstruction_report",
+    "sap",
     "specificity",
     "statistics",
     "udr",

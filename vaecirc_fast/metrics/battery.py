@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 
 from ..errors import InputError
 from .activity import ACTIVE_SHARE
+from .dci import dci
 from .encoded import Encoded, encode_grid
 from .explicitness import explicitness
 from .factor_vae import beta_vae_score, factor_vae_score
@@ -21,7 +23,8 @@ from .information import mean_pairwise_mi, modularity
 from .irs import irs
 from .labelled import Labelled, checked_codes, labelled
 from .mig import mig
-from .score import TEST, TRAIN, WHOLE, Score, sample_weights, whole
+from .sap import sap
+from .score import TEST, TRAIN, WHOLE, Score, moderate, sample_weights, whole
 from .statistics import Estimate, resampled_interval
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ class _Samples:
     train: int
     test: int
     replicates: int
+    dci_replicates: int
     seed: int
     level: float
 
@@ -92,6 +96,10 @@ class _Samples:
         """All the grid if `exact`, else the training samples."""
         return self.grid if self.exact else self._taken(self.train)
 
+    def smaller(self, split: str) -> str:
+        """A note on a split, where it is not the protocol's."""
+        return "" if len(self.both.codes) == self.train + self.test else split
+
     def _taken(self, size: int) -> Labelled:
         grid = self.grid
         rows = slice(0, size) if self.rows is None else self.rows[:size]
@@ -101,7 +109,7 @@ class _Samples:
 
 def _active_units(s: _Samples) -> Iterator[Row]:
     """Number of active latents, with the interval of that number over images."""
-    mu = checked_codes(s.codes)
+    mu = moderate(checked_codes(s.codes))
     mu = mu - mu.mean(0)
     noise = np.zeros_like(mu) if s.logvar is None else np.exp(s.logvar.astype(np.float64))
     if not np.isfinite(noise).all():
@@ -125,6 +133,24 @@ def _active_units(s: _Samples) -> Iterator[Row]:
 def _mig(s: _Samples) -> Iterator[Row]:
     found = mig(s.sample, None, replicates=0 if s.exact else s.replicates, seed=s.seed, level=s.level)
     yield "mig", replace(found, low=found.value, high=found.value, resampled=WHOLE) if s.exact else found
+
+
+def _dci(s: _Samples) -> Iterator[Row]:
+    found = dci(s.both, None, train=s.train, test=s.test, replicates=s.dci_replicates, seed=s.seed, level=s.level)
+    for name, estimate in found.estimates.items():
+        missing = "no interval: dci_replicates=0" if math.isnan(estimate.low) else ""
+        note = "; ".join(filter(None, [s.smaller(found.split), missing]))
+        yield f"dci_{name}", _score(estimate, found.dropped, note)
+
+
+def _sap(s: _Samples) -> Iterator[Row]:
+    found = sap(s.both, None, train=s.train, test=s.test, replicates=s.replicates, seed=s.seed, level=s.level)
+    yield "sap", _score(found, found.dropped, s.smaller(found.split))
+
+
+def _score(found: Estimate, dropped: tuple[str, ...], note: str) -> Score:
+    of = (found.value, found.low, found.high, found.level, found.unit, found.resampled, found.n)
+    return Score(*of, dropped=dropped, note=note)
 
 
 def _factor_vae(s: _Samples) -> Iterator[Row]:
@@ -161,6 +187,20 @@ METRICS: dict[str, _Metric] = {
     "mig": _Metric(
         _mig, {"mig": "mean over factors v of (greatest - second I(z_i; v)) / H(v), latents in 20 equal-width bins"}
     ),
+    "dci": _Metric(
+        _dci,
+        {
+            "dci_disentanglement": "mean over latents of 1 - entropy of a latent's importance for factors, by mass",
+            "dci_completeness": "mean over factors of 1 - entropy of a factor's importance of latents, by mass",
+            "dci_informativeness": "mean over factors of the accuracy of boosted trees on test samples",
+        },
+        exact=False,
+    ),
+    "sap": _Metric(
+        _sap,
+        {"sap": "mean over factors of best - second accuracy of a linear SVM on one latent"},
+        exact=False,
+    ),
     "factor_vae_score": _Metric(
         _factor_vae,
         {"factor_vae_score": "share of votes of the least varying latent that tell the factor held fixed"},
@@ -195,7 +235,7 @@ METRICS: dict[str, _Metric] = {
     ),
     "wasserstein_correlation_normalised": _Metric(
         _resampled(wasserstein_correlation, "wasserstein_correlation_normalised", labels=False, normalised=True),
-        {"wasserstein_correlation_normalised": "W / tr C"},
+        {"wasserstein_correlation_normalised": "W / tr C of the Wasserstein correlation W"},
         labels=False,
     ),
     "mean_pairwise_mi": _Metric(
@@ -214,8 +254,9 @@ def battery(
     samples: int = TRAIN,
     test_samples: int = TEST,
     replicates: int = 200,
+    dci_replicates: int = 0,
     seed: int = 0,
-    only: Sequence[str] | None = None,
+    only: str | Sequence[str] | None = None,
     encoded: Encoded | None = None,
     images: int | None = None,
     batch: int = 250,
@@ -228,7 +269,8 @@ def battery(
     and ds are not looked at. Columns: metric, value, low, high (coverage `level`), unit, definition, resampled (what
     the interval resamples), n (how many), dropped (one-valued factors), note (where it departs from the reference
     protocol) and seconds. `table.attrs` has encoding_seconds, images, and left_out: metric -> why it has no row; a
-    warning says so too. Deterministic for a seed, but for seconds.
+    warning says so too. Deterministic for a seed, but for seconds. DCI's D and C have intervals only with
+    `dci_replicates`, which refit its trees, two for the time of one: without, low and high are nan and `note` says so.
 
     The reference protocol: `samples` drawn from the grid with replacement, as many votes or points to train on and
     `test_samples` more to test on, every group of images that share a factor looked up. Where factors do not determine
@@ -245,8 +287,12 @@ def battery(
         ("samples", samples, 2),
         ("test_samples", test_samples, 1),
         ("replicates", replicates, 0),
+        ("dci_replicates", dci_replicates, 0),
     ):
         whole(name, value, least)
+    if not 0 < level < 1:
+        raise InputError(f"level: expected a coverage between 0 and 1, such as 0.95, got {level!r}")
+    only = [only] if isinstance(only, str) else only
     unknown = sorted(set(only or ()) - METRICS.keys())
     if unknown:
         raise InputError(f"only: unknown {', '.join(unknown)}; known are {', '.join(METRICS)}")
@@ -254,7 +300,10 @@ def battery(
         encoded = encode_grid(model, ds, batch=batch, images=images, seed=seed, progress=progress)
     if exact and not encoded.complete:
         raise InputError("exact: needs the whole factor grid, and these images are not one; leave it out")
-    s = _Samples(encoded, exact, samples, test_samples, replicates, seed, level)
+    import scipy.stats  # noqa: F401  here, so that no metric's seconds are those of its imports
+    import sklearn.linear_model  # noqa: F401
+
+    s = _Samples(encoded, exact, samples, test_samples, replicates, dci_replicates, seed, level)
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     for name in METRICS if only is None else [name for name in METRICS if name in only]:

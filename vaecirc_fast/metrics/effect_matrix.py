@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .causal import _check, _normalised
+from .dci import disentanglement_completeness
 from .score import centred_interval
 from .statistics import Estimate
 
@@ -44,27 +44,13 @@ def effect_disentanglement(effects: Any, level: float = 0.95) -> EffectDisentang
         raise InputError("effects: expected finite numbers >= 0, got others")
     if matrix.max() == 0:
         raise InputError("effects: expected some effect, got zeros only")
+    values = disentanglement_completeness(matrix)[:2]
+    drawn = np.array([disentanglement_completeness(r)[:2] for r in replicates if r.max() > 0]).reshape(-1, 2)
     estimates = []
-    for axis in (1, 0):
-        value = float(concentration(matrix, axis))
-        drawn = concentration(replicates, axis)
-        low, high = centred_interval(value, drawn, n, level) if len(drawn) else (math.nan, math.nan)
+    for value, replicated in zip(values, drawn.T, strict=True):
+        low, high = centred_interval(value, replicated, n, level)
         estimates.append(Estimate(value, max(low, 0.0), min(high, 1.0), level, "", resampled, n))
     return EffectDisentanglement(*estimates)
-
-
-def concentration(matrix: np.ndarray, axis: int) -> np.ndarray:
-    """D (axis 1) or C (axis 0) of matrices (..., L, G); nan where there is no effect."""
-    from scipy.special import xlogy
-
-    axis -= 2
-    mass = matrix.sum(axis, keepdims=True)
-    p = np.divide(matrix, mass, out=np.zeros_like(matrix), where=mass > 0)
-    sharpness = (1 + xlogy(p, p).sum(axis) / math.log(matrix.shape[axis])).clip(0, 1)
-    mass = np.squeeze(mass, axis)
-    total = mass.sum(-1)
-    found = (sharpness * mass).sum(-1)
-    return np.divide(found, total, out=np.full_like(total, np.nan), where=total > 0)
 
 
 def _matrices(effects: Any) -> tuple[np.ndarray, np.ndarray, int, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -92,24 +93,18 @@ def _encode(model: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     raise InputError(f"model: expected encode(x) to give (mu, logvar), both (B = {len(x)}, L); got {got}")
 
 
-class _evaluating:
+@contextmanager
+def _evaluating(model: Any) -> Iterator[torch.device]:
     """A torch module in evaluation mode, and the device of its parameters; of anything else a CPU."""
-
-    def __init__(self, model: Any) -> None:
-        self.module = model if isinstance(model, torch.nn.Module) else None
-
-    def __enter__(self) -> torch.device:
-        if self.module is None:
-            return torch.device("cpu")
-        self.modes = [(part, part.training) for part in self.module.modules()]
-        self.module.eval()
-        parameter = next(self.module.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
-
-    def __exit__(self, *_: Any) -> None:
-        if self.module is not None:
-            for part, training in self.modes:
-                part.training = training
+    modes = [(part, part.training) for part in model.modules()] if isinstance(model, torch.nn.Module) else []
+    try:
+        if modes:
+            model.eval()
+        parameter = next(model.parameters(), None) if modes else None
+        yield torch.device("cpu") if parameter is None else parameter.device
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def _counted(starts: Iterable[int], n: int, batch: int, shown: bool) -> Iterator[int]:
@@ -124,7 +119,7 @@ def _counted(starts: Iterable[int], n: int, batch: int, shown: bool) -> Iterator
     due = began + _FIRST_LINE
     for first in starts:
         now = time.monotonic()
-        if shown and now >= due:
+        if shown and first and now >= due:
             due = now + _NEXT_LINE
             left = (now - began) / first * (n - first) / 60
             print(f"encoding: image {first:,} of {n:,}, {left:,.1f} min left", file=sys.stderr)

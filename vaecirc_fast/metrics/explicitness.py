@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .labelled import labelled
-from .score import TEST, TRAIN, Score, split, whole
+from .score import TEST, TRAIN, Score, deviations, moderate
+from .splits import split_samples
 
 _ENTRIES = 1 << 16  # numbers of a chunk of rows, so that it stays in the cache
 _STEPS = 100
@@ -46,18 +46,19 @@ def explicitness(
     it; DeLong et al. 1988 (Biometrics 44). Raises InputError as `mig` does, for fewer than 3 samples, counts below 1,
     or where no value can be tested.
     """
-    data = labelled(codes, factors, factor_names)
-    fit, held, note = split(len(data.codes), whole("train", train, 1), whole("test", test, 1), seed)
-    x, x_test = data.codes[fit], data.codes[held]
-    mean, sd = x.mean(0), x.std(0)
+    data = split_samples(codes, factors, train, test, seed, factor_names)
+    x, x_test, n = moderate(data.codes), moderate(data.codes_test), len(data.codes_test)
+    note = "" if (len(x), n) == (train, test) else data.text
+    mean, sd = x.mean(0), deviations(x) * (1 - 1 / len(x)) ** 0.5
     varies = x.min(0) < x.max(0)
     x = (x[:, varies] - mean[varies]) / sd[varies]
     x_test = (x_test[:, varies] - mean[varies]) / sd[varies]
-    aucs, influence, left_out = {}, np.zeros(len(held)), 0
-    for name, v, size in zip(data.names, data.levels.T, data.sizes, strict=True):
-        y, y_test = (v[rows][:, None] == np.arange(size) for rows in (fit, held))
+    aucs, influence, left_out = {}, np.zeros(n), 0
+    for name, v, v_test in zip(data.names, data.levels.T, data.levels_test.T, strict=True):
+        values = np.union1d(v, v_test)
+        y, y_test = (levels[:, None] == values for levels in (v, v_test))
         usable = np.flatnonzero(y.any(0) & ~y.all(0) & y_test.any(0) & ~y_test.all(0))
-        left_out += size - len(usable)
+        left_out += len(values) - len(usable)
         if not len(usable):
             continue
         weights = one_versus_rest(x, y[:, usable])
@@ -67,7 +68,7 @@ def explicitness(
         influence += np.mean([part for _, part in found], axis=0)
     if not aucs:
         raise InputError(
-            f"factors: expected values that occur in training and in test samples, got none among N = {len(data.codes)}"
+            f"factors: expected values that occur in training and in test samples, got none among N = {len(x) + n}"
         )
     value = float(np.mean(list(aucs.values())))
     low, high = _interval(value, influence / len(aucs), level)
@@ -81,7 +82,7 @@ def explicitness(
         level,
         "",
         "test samples",
-        len(held),
+        n,
         dropped=data.dropped,
         note="; ".join(filter(None, notes)),
         per_factor=aucs,

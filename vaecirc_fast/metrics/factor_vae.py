@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import InputError
 from .labelled import Labelled, labelled
-from .score import TEST, TRAIN, WHOLE, Rows, Score, fixable, share_interval, whole
+from .score import TEST, TRAIN, WHOLE, Rows, Score, deviations, fixable, moderate, share_interval, whole
 
 PRUNED = 0.05  # standard deviation below which a latent takes no part in the FactorVAE score
 BATCH = 64
@@ -65,10 +65,11 @@ def factor_vae_score(
         raise InputError(f"threshold: expected a finite number >= 0, got {threshold!r}")
     groups, note = fixable(data)
     names = tuple(data.names[k] for k, _ in groups)
+    moderate(data.codes)
     n = len(data.codes)
     rng = np.random.default_rng(seed)
     taken = data.codes if exact or n <= drawn else data.codes[rng.integers(n, size=drawn)]
-    sd = taken.std(0, ddof=1)
+    sd = deviations(taken)
     active = np.flatnonzero((sd >= threshold) & (sd > 0))
     facts = {"active": tuple(active.tolist()), "factors": names, "dropped": data.dropped}
     votes = np.zeros((len(groups), data.codes.shape[1]))
@@ -183,6 +184,7 @@ def beta_vae_score(
     data = labelled(codes, factors, factor_names)
     train, test, batch = whole("train", train, 1), whole("test", test, 1), whole("batch", batch, 1)
     groups, note = fixable(data)
+    moderate(data.codes)
     names = tuple(data.names[k] for k, _ in groups)
     rng = np.random.default_rng(seed)
     x, y = _points(data, groups, train, batch, rng)

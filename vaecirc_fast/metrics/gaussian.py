@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import InputError
 from .labelled import checked_codes
-from .score import WHOLE, Score, centred_interval, sample_weights, whole
+from .score import WHOLE, Score, centred_interval, deviations, moderate, sample_weights, whole
 
 SINGULAR = 1e-13  # smallest eigenvalue of a correlation matrix, for each latent, that rounding does not make
 
@@ -82,17 +82,16 @@ def _constant_note(z: np.ndarray) -> str:
 
 def _covariances(codes: Any, exact: bool, replicates: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The codes, the covariance (V, V) of those that vary, and that of each bootstrap replicate (R, V, V)."""
-    z = checked_codes(codes)
+    z = moderate(checked_codes(codes))
     replicates = whole("replicates", replicates, 0)
     n = len(z)
     if n < 2:
         raise InputError("codes: expected at least 2 samples, to have a covariance, got 1")
     varying = z[:, z.min(0) < z.max(0)]
     centred = varying - varying.mean(0)
-    width = varying.max(0) - varying.min(0)  # divided by first, or squares of tiny codes would be 0
-    sd = (centred / width).std(0) * width
+    sd = deviations(varying)
     scaled = centred / sd
-    scale = np.outer(sd, sd)
+    scale: np.ndarray = np.outer(sd, sd)
     total = scaled.T @ scaled / (n - 1) * scale
     if exact or not replicates or not varying.shape[1]:
         return z, total, np.empty((0, *total.shape))
@@ -115,7 +114,7 @@ def _total_correlation(covariance: np.ndarray) -> np.ndarray:
     varies = (sd > 0).all(1)
     sd = np.where(sd > 0, sd, 1)
     roots = np.linalg.eigvalsh(covariance / sd[:, :, None] / sd[:, None, :])
-    regular = varies & (roots > SINGULAR * max(1, roots.shape[1])).all(1)
+    regular: np.ndarray = varies & (roots > SINGULAR * max(1, roots.shape[1])).all(1)
     logs = np.log(np.where(regular[:, None], roots, 1)).sum(1)
     return np.where(regular, np.maximum(-logs / 2, 0), np.inf)
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..errors import InputError
+from ..ops.histogram_mi import cut, histogram_mi
 from .labelled import checked_codes, labelled
 from .score import WHOLE, Score, centred_interval, sample_weights, whole
 from .statistics import resampling_weights
 
 BINS = 20
-_ROWS = 1 << 14  # samples a chunk of bootstrap weights holds
-_CELLS = 1 << 23  # joint counts held at once, over pairs and replicates
-_TABLE = 1 << 22  # counts up to which c log c is looked up
-
-Draw = Callable[[int, int], np.ndarray]  # weights (stop - start, R) of samples start..stop-1
+_SAMPLES = 1 << 16  # whose bootstrap weights are made at once
+_WEIGHTS = 1 << 26  # counted at once
 
 
 @dataclass(frozen=True)
@@ -61,11 +59,8 @@ def modularity(
     if len(data.names) < 2:
         raise InputError(f"factors: modularity needs two that vary, got only {', '.join(data.names)}")
     n = len(data.codes)
-    columns = np.concatenate([binned(data.codes, bins), data.levels], 1)
-    latents = data.codes.shape[1]
-    sizes = [bins] * latents + list(data.sizes)
-    pairs = [(i, latents + k) for i in range(latents) for k in range(len(data.sizes))]
-    information = mutual_information(columns, sizes, pairs, None).reshape(latents, -1)
+    binned, levels = cut(torch.from_numpy(data.codes), bins), torch.from_numpy(data.levels)
+    information = histogram_mi(binned, levels, bins).information.numpy()
     per_latent = _modularities(information)
     value = float(per_latent.mean())
     facts = {"per_latent": per_latent, "information": information, "factors": data.names, "dropped": data.dropped}
@@ -73,17 +68,17 @@ def modularity(
         return Modularity(value, value, value, level, "", WHOLE, n, **facts)
     drawn = np.empty(0)
     if replicates and n > 1:
-        drawn = mutual_information(columns, sizes, pairs, bootstrap_weights(n, replicates, seed))
-        drawn = _modularities(drawn.reshape(latents, len(data.sizes), -1)).mean(0)
+        parts = (histogram_mi(binned, levels, bins, weights=w) for w in resamples(n, replicates, seed))
+        drawn = _modularities(torch.cat([part.information for part in parts]).numpy()).mean(-1)
     low, high = centred_interval(value, drawn, n, level)
     return Modularity(value, max(low, 0.0), min(high, 1.0), level, "", "samples", n, **facts)
 
 
 def _modularities(information: np.ndarray) -> np.ndarray:
-    """(L, K, ...) -> (L, ...)."""
+    """(..., L, K) -> (..., L)."""
     square = np.square(information)
-    best = square.max(1)
-    rest = (square.sum(1) - best) / (square.shape[1] - 1)
+    best = square.max(-1)
+    rest = (square.sum(-1) - best) / (square.shape[-1] - 1)
     share = np.divide(rest, best, out=np.ones_like(best), where=best > 0)
     return 1 - share
 
@@ -109,104 +104,32 @@ def mean_pairwise_mi(
     n, latents = numbers.shape
     if latents < 2:
         raise InputError("codes: expected at least two latents, to pair them, got 1")
-    columns = binned(numbers, bins)
-    pairs = [(i, j) for i in range(latents) for j in range(i)]
-    value = float(mutual_information(columns, [bins] * latents, pairs, None).mean())
+    binned = cut(torch.from_numpy(numbers), bins)
+    value = float(_mean_of_pairs(binned, bins, None))
     if exact:
         return Score(value, value, value, level, "nats", WHOLE, n)
     drawn = np.empty(0)
     if replicates and n > 1:
-        weights = bootstrap_weights(n, replicates, seed)
-        drawn = mutual_information(columns, [bins] * latents, pairs, weights).mean(0)
+        parts = [_mean_of_pairs(binned, bins, weights) for weights in resamples(n, replicates, seed)]
+        drawn = torch.cat(parts).numpy()
     low, high = centred_interval(value, drawn, n, level)
     return Score(value, max(low, 0.0), high, level, "nats", "samples", n)
 
 
-def binned(codes: np.ndarray, bins: int) -> np.ndarray:
-    """Equal-width bin of each code, as np.digitize finds it on np.histogram's edges: (N, L) int64 in [0, bins)."""
-    cut = np.zeros(codes.shape, dtype=np.int64)
-    for i, column in enumerate(codes.T):
-        low, high = column.min(), column.max()
-        if low < high:  # a constant latent is all in one bin
-            edges = np.linspace(low, high, bins + 1)[:-1]
-            cut[:, i] = np.searchsorted(edges, column, side="right") - 1
-    return cut
+def _mean_of_pairs(binned: Tensor, bins: int, weights: Tensor | None) -> Tensor:
+    """Of each resample (R,), or one number."""
+    between = histogram_mi(binned, None, bins, weights=weights, pairs=True).between
+    assert between is not None
+    first, second = torch.tril_indices(binned.shape[1], binned.shape[1], -1)
+    return between[..., first, second].mean(-1)
 
 
-def bootstrap_weights(n: int, replicates: int, seed: int) -> Draw:
-    """The weights of `resampling_weights`, made in pieces; those of one piece are kept."""
-
-    @functools.lru_cache(maxsize=1)
-    def draw(start: int, stop: int) -> np.ndarray:
-        if stop - start == n:
-            return np.ascontiguousarray(sample_weights(replicates, n, seed).T)
-        return np.ascontiguousarray(resampling_weights(replicates, stop - start, seed, start, n).T.numpy())
-
-    return draw
-
-
-def mutual_information(
-    columns: np.ndarray, sizes: Sequence[int], pairs: Sequence[tuple[int, int]], weights: Draw | None
-) -> np.ndarray:
-    """Mutual information in nats of pairs of columns (N, C) of whole numbers in [0, size): (pairs,).
-
-    With `weights` that of each replicate, (pairs, R); 0 in a replicate without samples.
-    """
-    n = len(columns)
-    found: list[np.ndarray] = []
-    replicates = 1 if weights is None else weights(0, min(n, _ROWS)).shape[1]
-    at = 0
-    while at < len(pairs):
-        block, cells = [], 0
-        while at < len(pairs) and (not block or cells + _cells(sizes, pairs[at]) * replicates <= _CELLS):
-            cells += _cells(sizes, pairs[at]) * replicates
-            block.append(pairs[at])
-            at += 1
-        for (a, b), joint in zip(block, _joint(columns, sizes, block, weights, replicates), strict=True):
-            joint = joint.reshape(sizes[a], sizes[b], -1)
-            total = joint.sum((0, 1))
-            parts = _c_log_c(joint.sum(1)).sum(0) + _c_log_c(joint.sum(0)).sum(0)
-            together = _c_log_c(joint).sum((0, 1))
-            # rounding can put independent counts at -1e-16
-            found.append(((_c_log_c(total) + together - parts) / np.maximum(total, 1)).clip(min=0))
-    values = np.stack(found)
-    return values[:, 0] if weights is None else values
-
-
-def _cells(sizes: Sequence[int], pair: tuple[int, int]) -> int:
-    return math.prod(sizes[c] for c in pair)
-
-
-def _joint(
-    columns: np.ndarray, sizes: Sequence[int], pairs: list[tuple[int, int]], weights: Draw | None, replicates: int
-) -> list[np.ndarray]:
-    """Joint counts of each pair, (size_a * size_b, R) int64."""
-    from scipy import sparse
-
-    if weights is None:
-        return [
-            np.bincount(columns[:, a] * sizes[b] + columns[:, b], minlength=sizes[a] * sizes[b])[:, None]
-            for a, b in pairs
-        ]
-    counts = [np.zeros((_cells(sizes, pair), replicates), dtype=np.int64) for pair in pairs]
-    for start in range(0, len(columns), _ROWS):
-        stop = min(len(columns), start + _ROWS)
-        weight = weights(start, stop)
-        # float32 holds whole numbers to 2^24 exactly, more than a chunk's weights sum to
-        one, sample = np.ones(stop - start, dtype=np.float32), np.arange(stop - start)
-        for (a, b), count in zip(pairs, counts, strict=True):
-            cell = columns[start:stop, a] * sizes[b] + columns[start:stop, b]
-            member = sparse.csr_array((one, (cell, sample)), shape=(len(count), stop - start))
-            count += (member @ weight).astype(np.int64)
-    return counts
-
-
-def _c_log_c(counts: np.ndarray) -> np.ndarray:
-    """c log c of whole numbers, 0 of 0."""
-    from scipy.special import xlogy
-
-    largest = int(counts.max(initial=0))
-    if largest > min(_TABLE, counts.size):
-        return xlogy(counts, counts)
-    whole_numbers = np.arange(largest + 1)
-    return xlogy(whole_numbers, whole_numbers)[counts]
+def resamples(n: int, replicates: int, seed: int) -> Iterator[Tensor]:
+    """The weights of `resampling_weights` as `histogram_mi` takes them, uint8 (R, n), so many rows at once."""
+    if n <= _SAMPLES:
+        weights = sample_weights(replicates, n, seed).astype(np.uint8)
+    else:
+        starts = range(0, n, _SAMPLES)
+        pieces = (resampling_weights(replicates, min(_SAMPLES, n - at), seed, at, n).numpy() for at in starts)
+        weights = np.concatenate([piece.astype(np.uint8) for piece in pieces], 1)
+    yield from torch.from_numpy(weights).split(max(1, _WEIGHTS // n))

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import InputError
 from .labelled import labelled
-from .score import WHOLE, Rows, Score, centred_interval, rows_by_level, sample_weights, whole
+from .score import WHOLE, Rows, Score, centred_interval, moderate, rows_by_level, sample_weights, whole
 
 QUANTILE = 0.99
 
@@ -62,7 +62,7 @@ def irs(
     groups = [rows_by_level(data.levels[:, k], size) for k, size in enumerate(data.sizes)]
     single = sum(int((rows.count == 1).sum()) for rows in groups)
     note = f"{single} factor values occur once and count as robust" if single else ""
-    varies = data.codes.min(0) < data.codes.max(0)
+    varies = moderate(data.codes).min(0) < data.codes.max(0)
     matrix = np.zeros((len(varies), len(groups)))
     facts = {"matrix": matrix, "factors": data.names, "dropped": data.dropped}
     facts |= {"per_latent": np.zeros(len(varies)), "parents": np.full(len(varies), -1)}

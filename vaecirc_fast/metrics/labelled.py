@@ -73,7 +73,9 @@ def checked_codes(codes: Any) -> np.ndarray:
     if not np.isfinite(array).all():
         bad = int(np.flatnonzero(~np.isfinite(array).all(0))[0])
         raise InputError(f"codes: expected finite numbers, got NaN or infinity in latent {bad}")
-    if (array.max(0) / 2 - array.min(0) / 2).max() >= np.finfo(np.float64).max / 2:
+    half = np.finfo(np.float64).max / 2
+    # the range of all latents together first: it is found in a tenth of the time
+    if array.max() / 2 - array.min() / 2 >= half and (array.max(0) / 2 - array.min(0) / 2).max() >= half:
         raise InputError("codes: expected latents whose range float64 can hold, got a range above 1.8e308")
     return array
 

@@ -34,10 +34,10 @@ def louvain_of_many(graphs: np.ndarray, chosen: Sequence[int], rngs: Sequence[np
     left = np.arange(len(labels))  # partitions that still change
     level, index = graphs, np.asarray(chosen)
     while len(left):
-        sizes = np.array([labels[b].max() + 1 for b in left])
-        moved = _moved(level, index, sizes, totals[left], [rngs[b] for b in left])
+        sizes = np.array([labels[b].max() + 1 for b in left.tolist()])
+        moved = _moved(level, index, sizes, totals[left], [rngs[b] for b in left.tolist()])
         smaller, going = [], []
-        for k, b in enumerate(left):
+        for k, b in enumerate(left.tolist()):
             kept, joined = np.unique(moved[k, : sizes[k]], return_inverse=True)
             labels[b] = joined[labels[b]]
             if len(kept) < sizes[k]:
@@ -71,7 +71,7 @@ def _moved(
     active = np.argsort(-sizes, kind="stable")  # the large ones first: those with a t-th node are the first few
     while len(active):
         order = np.full((len(active), n), -1)
-        for row, b in enumerate(active):
+        for row, b in enumerate(active.tolist()):
             order[row, : sizes[b]] = rngs[b].permutation(sizes[b])
         changed = np.zeros(len(active), dtype=bool)
         of_all = index[active]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..errors import InputError
+from ..ops.histogram_mi import cut, histogram_mi
+from .information import resamples
 from .labelled import labelled
-from .statistics import FEW, Estimate, percentile_interval, resampled_interval, resampling_weights
-
-_ROWS = 1 << 14  # samples a chunk of bootstrap weights holds
-_CELLS = 1 << 24  # joint counts held at once, over replicates
+from .statistics import FEW, Estimate, percentile_interval, resampled_interval
 
 
 @dataclass(frozen=True)
@@ -55,28 +56,21 @@ def mig(
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
             raise InputError(f"{name}: expected a whole number >= {low}, got {value!r}")
     data = labelled(codes, factors, factor_names)
-    cut = _cut(data.codes, bins)
+    binned, levels = cut(torch.from_numpy(data.codes), bins), torch.from_numpy(data.levels)
 
-    n, sizes = len(cut), list(data.sizes)
-    cells = [cut * size + column[:, None] for size, column in zip(sizes, data.levels.T, strict=True)]
-    gaps = _gaps(cells, bins, sizes, lambda start, stop: np.ones((stop - start, 1), dtype=np.float32))[:, 0]
+    n = len(binned)
+    whole = histogram_mi(binned, levels, bins)
+    gaps = _gaps(whole.information, whole.of_levels).numpy()
     value = float(gaps.mean())
     low = high = math.nan
     if replicates and n > 1:
-        block = max(1, _CELLS // (cut.shape[1] * bins * sum(sizes)))
         drawn = []
-        for first in range(0, replicates if n >= FEW else n, block):
-            rows = slice(first, first + block)
-
-            def weights(start: int, stop: int, rows: slice = rows) -> np.ndarray:
-                return resampling_weights(replicates, stop - start, seed, start, n)[rows].T.numpy()
-
-            drawn.append(_gaps(cells, bins, sizes, weights))
-        replicated = np.concatenate(drawn, axis=1)
+        for weights in resamples(n, replicates, seed):
+            resampled = histogram_mi(binned, levels, bins, weights=weights)
+            drawn.append(_gaps(resampled.information, resampled.of_levels))
         # a factor that a small resample left with one value has no gap in it
-        defined = np.isfinite(replicated)
-        some = defined.any(0)
-        replicated = np.where(defined, replicated, 0).sum(0)[some] / defined.sum(0)[some]
+        replicated = torch.cat(drawn).nanmean(1).numpy()
+        replicated = replicated[np.isfinite(replicated)]
         if n >= FEW:
             low, high = percentile_interval(replicated, level, centre=value)
         else:
@@ -85,56 +79,9 @@ def mig(
     return Mig(value, low, high, level, "", "samples", n, per_factor, data.dropped)
 
 
-def _cut(codes: np.ndarray, bins: int) -> np.ndarray:
-    """Bin index of each code: (N, L) int64 in [0, bins)."""
-    cut = np.zeros(codes.shape, dtype=np.int64)
-    for i, column in enumerate(codes.T):
-        if column.min() < column.max():  # a constant latent is all in one bin
-            edges = np.linspace(column.min(), column.max(), bins + 1)[:-1]
-            cut[:, i] = np.searchsorted(edges, column, side="right") - 1
-    return cut
-
-
-def _gaps(
-    cells: list[np.ndarray], bins: int, sizes: list[int], weights: Callable[[int, int], np.ndarray]
-) -> np.ndarray:
-    """(I(top) - I(second)) / H of each factor in each replicate: (K, R) float64, NaN where the factor has one value.
-
-    `cells`: for each factor (N, L), bin * size + level. `weights(start, stop)`: (stop - start, R), whole numbers.
-    Information is H(bin) + H(level) - H(bin, level).
-    """
-    from scipy import sparse
-
-    n, latents = cells[0].shape
-    counts: list[np.ndarray] = []
-    for start in range(0, n, _ROWS):
-        stop = min(n, start + _ROWS)
-        weight = np.ascontiguousarray(weights(start, stop))
-        if not counts:
-            counts = [np.zeros((latents, bins * size, weight.shape[1])) for size in sizes]
-        one, sample = np.ones(stop - start, dtype=np.float32), np.arange(stop - start)
-        for cell, count in zip(cells, counts, strict=True):
-            for i in range(latents):
-                # float32 holds whole numbers to 2^24 exactly, more than a chunk's weights sum to
-                member = sparse.csr_array((one, (cell[start:stop, i], sample)), shape=(count.shape[1], stop - start))
-                count[i] += member @ weight
-    gaps = []
-    for count, size in zip(counts, sizes, strict=True):
-        joint = count.reshape(latents, bins, size, -1)
-        of_level = joint[0].sum(0)
-        entropy = _entropy(of_level, 0)
-        information = _entropy(joint.sum(2), 1) + entropy - _entropy(count, 1)
-        # a second latent of no information where there is one only; rounding can put independent counts at -1e-16
-        information = np.concatenate([information.clip(min=0), np.zeros((1, information.shape[1]))])
-        second, first = np.partition(information, -2, axis=0)[-2:]
-        varies = (of_level > 0).sum(0) > 1
-        gaps.append(np.divide(first - second, entropy, out=np.full_like(entropy, np.nan), where=varies))
-    return np.stack(gaps)
-
-
-def _entropy(counts: np.ndarray, axis: int) -> np.ndarray:
-    """Entropy in nats of the counts along `axis`; 0 of no counts."""
-    from scipy.special import xlogy
-
-    total = np.maximum(counts.sum(axis), 1)
-    return np.log(total) - xlogy(counts, counts).sum(axis) / total
+def _gaps(information: Tensor, entropy: Tensor) -> Tensor:
+    """(I(top) - I(second)) / H of each factor, from (..., L, K) and (..., K): (..., K), NaN where H is 0."""
+    # a second latent of no information where there is one only
+    two = torch.cat([information, torch.zeros_like(information[..., :1, :])], -2).topk(2, -2).values
+    gap = two[..., 0, :] - two[..., 1, :]
+    return torch.where(entropy > 0, gap / torch.where(entropy > 0, entropy, 1), math.nan)

@@ -1,4 +1,4 @@
-"""What the disentanglement metrics share: their result, rows by factor level, splits, and intervals of shares."""
+"""What the disentanglement metrics share: their result, rows by factor level, and intervals."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .statistics import FEW, Estimate, percentile_interval, resampled_interval, 
 
 WHOLE = "rows of the whole grid"
 TRAIN, TEST = 10_000, 5_000  # samples of the reference protocol
+LARGEST = 1e100  # magnitude of codes where squares are added
 _KEPT = 1 << 22  # bootstrap weights that are kept for the next metric
 
 
@@ -73,15 +74,21 @@ def fixable(data: Labelled) -> tuple[list[tuple[int, Rows]], str]:
     return kept, "; ".join(notes + ([f"{single} factor values that occur once left out"] if single else []))
 
 
-def split(n: int, train: int, test: int, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """Rows to train and to test on, in random order, and a note: 2/3 and 1/3 where there are fewer than asked for."""
-    if n < 3:
-        raise InputError(f"codes: expected at least 3 samples, to train and to test on, got {n}")
-    order = np.random.default_rng(seed).permutation(n)
-    if n >= train + test:
-        return order[:train], order[train : train + test], ""
-    cut = 2 * n // 3
-    return order[:cut], order[cut:], f"{cut} samples to train and {n - cut} to test, of {train} and {test}"
+def moderate(codes: np.ndarray) -> np.ndarray:
+    """`codes`; InputError where their squares could overflow."""
+    largest = max(float(codes.max()), -float(codes.min()))
+    if largest > LARGEST:
+        raise InputError(
+            f"codes: expected numbers within +-{LARGEST:g}, whose squares float64 can add, got {largest:g}"
+        )
+    return codes
+
+
+def deviations(codes: np.ndarray) -> np.ndarray:
+    """Standard deviation (dividing by N - 1) of each latent: (L,), 0 of constant ones alone."""
+    low, width = codes.min(0), np.ptp(codes, 0)
+    # in units of the range, or the squares of tiny codes would be 0
+    return ((codes - low) / np.where(width > 0, width, 1)).std(0, ddof=min(1, len(codes) - 1)) * width
 
 
 def whole(name: str, value: Any, low: int) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import InputError
 from .labelled import checked_codes
+from .score import deviations, moderate
 from .statistics import Estimate
 
 METHODS = ("lasso", "spearman")
@@ -53,7 +54,7 @@ def udr(codes: Sequence[Any], kl: Sequence[Any] | None = None, *, method: str = 
         raise InputError(f"method: expected 'lasso' or 'spearman', got {method!r}")
     if not 0 < level < 1:
         raise InputError(f"level: expected a coverage between 0 and 1, such as 0.95, got {level!r}")
-    arrays = [checked_codes(c) for c in codes]
+    arrays = [moderate(checked_codes(c)) for c in codes]
     if len(arrays) < 2 or len({len(a) for a in arrays}) != 1 or len(arrays[0]) < 2:
         raise InputError(
             f"codes: expected at least two models with the codes of the same N >= 2 inputs, got {len(arrays)} models "
@@ -100,8 +101,7 @@ def _standardised(codes: np.ndarray, method: str) -> np.ndarray:
 
     if method == "spearman":
         codes = stats.rankdata(codes, axis=0)
-    centred = codes - codes.mean(0)
-    return centred / centred.std(0)
+    return (codes - codes.mean(0)) / (deviations(codes) * (1 - 1 / len(codes)) ** 0.5)
 
 
 def _relation(x: np.ndarray, y: np.ndarray, method: str) -> np.ndarray:

@@ -28,13 +28,15 @@ def patch_mix(
     *,
     groups: Groups | None = None,
     precision: str = "float32",
+    against: str = "base",
 ) -> Tensor:
     """Effects of setting one unit of an activation at a time, without ever forming patched activations or outputs.
 
     base, source: (B, L) activations, images row-major, as they enter the network's first layer. labels: (L,) int32, the
     unit of each element, or -1. units: (U,) int64, at least 0: patch u sets the elements labelled units[u] of base[b]
     to source[b]'s; a unit that no element has changes nothing. network: the layers behind; of convolutions alone with
-    its grid (C, h, w), C h w = L. effect, groups, precision: as in `latent_sweep`; against base's own output.
+    its grid (C, h, w), C h w = L. effect, groups, precision: as in `latent_sweep`. against: effects are changes from
+    the output for "base", or for "source".
 
     Returns (B, U, G) for one effect, (B, U, E, G) for several, in the units of the outputs (mse: squared); float64 for
     float64, else float32. Not differentiable. Deterministic. NaN in a group makes its effect NaN. InputError for wrong
@@ -43,12 +45,14 @@ def patch_mix(
     names = checked_names(effect, precision, network)
     elements = math.prod(network.shapes()[-1])
     _check(base, source, labels, units, network)
+    if against not in ("base", "source"):
+        raise InputError(f'against: expected "base" or "source", got {against!r}')
     groups = (whole(elements) if groups is None else groups).to(base.device)
     if groups.labels.numel() != elements:
         raise InputError(f"groups: partition {groups.labels.numel()} elements, but an output has {elements}")
     given = [t.contiguous() for t in (base, source, labels, units)]
     weights, biases, *rest = flattened(network, groups, names, precision)
-    out = _forward(*given, weights, biases, *rest)
+    out = _forward(*given, weights, biases, against == "source", *rest)
     return out.squeeze(-2) if isinstance(effect, str) else out
 
 
@@ -138,14 +142,15 @@ class _Function(torch.autograd.Function):
 
 LIBRARY.define(
     "patch_mix(Tensor base, Tensor source, Tensor owner, Tensor units, Tensor[] weights, Tensor[] biases, "
-    "int[] layout, float[] slopes, int[] shape, Tensor labels, Tensor order, Tensor offsets, int[] kinds, int link, "
-    "Tensor spans, int precision) -> Tensor"
+    "bool against_source, int[] layout, float[] slopes, int[] shape, Tensor labels, Tensor order, Tensor offsets, "
+    "int[] kinds, int link, Tensor spans, int precision) -> Tensor"
 )
 LIBRARY.impl("patch_mix", _run, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("vaecirc_fast::patch_mix", lib=LIBRARY)
-def _fake(base, source, owner, units, weights, biases, layout, slopes, shape, labels, order, offsets, kinds, *rest):
+def _fake(base, source, owner, units, weights, biases, against_source, layout, slopes, shape, *partition):
+    _labels, _order, offsets, kinds, *_rest = partition
     dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
     return base.new_empty((base.shape[0], units.shape[0], len(kinds), offsets.shape[0] - 1), dtype=dtype)
 
@@ -157,6 +162,7 @@ def _cpp_forward(
     units: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
+    against_source: bool,
     layout: Sequence[int],
     slopes: Sequence[float],
     shape: Sequence[int],
@@ -168,14 +174,17 @@ def _cpp_forward(
     spans: Tensor,
     precision: int,
 ) -> Tensor:
-    by_unit = owner.sort(stable=True)
-    sorted_labels = by_unit.values.long()
-    starts, stops = (torch.searchsorted(sorted_labels, units, right=right) for right in (False, True))
-    given = [t.contiguous() for t in (base, source, by_unit.indices, starts, stops)]
+    if bool((owner[1:] >= owner[:-1]).all()):  # as those of channels are
+        order = torch.arange(len(owner))
+    else:
+        owner, order = owner.sort(stable=True)
+    starts, stops = (torch.searchsorted(owner.long(), units, right=right) for right in (False, True))
+    given = [t.contiguous() for t in (base, source, order, starts, stops)]
+    reference = _native.address(given[1]) if against_source else 0
     out = torch.empty((len(base), len(units), len(kinds), offsets.numel() - 1), dtype=torch.float32)
     with_network = (weights, biases, layout, slopes, shape, labels, kinds, link, spans, out)
     with cpp_network(*with_network) as network:
-        _native.cpp().patch_mix(*(_native.address(t) for t in given), base.shape[1], network)
+        _native.cpp().patch_mix(*(_native.address(t) for t in given), reference, base.shape[1], network)
     return out
 
 

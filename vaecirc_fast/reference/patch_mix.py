@@ -17,6 +17,7 @@ def forward(
     units: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
+    against_source: bool,
     layout: Sequence[int],
     slopes: Sequence[float],
     shape: Sequence[int],
@@ -30,10 +31,12 @@ def forward(
 ) -> Tensor:
     """Effects (B, U, E, G) of base' = where(owner == units[u], source, base), on groups of the network's outputs.
 
-    The effects are those of `effect_reduction` between the outputs for base' and for base. Forms all (B, U, P) outputs.
+    The effects are those of `effect_reduction` between the outputs for base' and for base, or for source where
+    `against_source`. Forms all (B, U, P) outputs.
     """
     mixed = torch.where(owner == units[:, None], source[:, None], base[:, None])  # (B, U, L)
     network = (weights, biases, layout, slopes, shape, precision)
-    y0, y = latent_sweep.network(base, *network), latent_sweep.network(mixed.flatten(0, 1), *network)
+    y0 = latent_sweep.network(source if against_source else base, *network)
+    y = latent_sweep.network(mixed.flatten(0, 1), *network)
     y = y.view(len(base), len(units), y0.shape[1])
     return latent_sweep.effects(y0, y, labels, order, offsets, kinds, link, spans)

@@ -61,7 +61,7 @@ def patching(data: str, groups: Sequence[Group]) -> Figure:
         "a site the first {}. Small shares are spread out: the scale goes by the square root. Intervals of every unit "
         "are in the runs’ {}."
     ).format(_change(groups), pairs, UNITS, FILE)
-    ticks = [0.0, *(t for t in (0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if t <= top)]
+    ticks = [0.0, *(t for t in (0.01, 0.05, 0.2, 0.5, 1.0, 2.0) if t <= top)]
     labels = [number(t, 2) if t else "0" for t in ticks]
     bar = pictures.shade_bar(top, ticks, labels, "share of the whole change, dimensionless", root=True)
     title = f"{data}: what single units pass on."
@@ -171,13 +171,13 @@ def _drawn(run: Run, name: str, what: str) -> str:
         chosen = graphs.strongest(weights, EDGES)
         edges += [Edge(starts[parent] + u, starts[child] + v, w) for u, v, w in chosen]
     share = sum(edge.weight for edge in edges) / len(pairs)
-    excess = found["q"] - found["null"]
+    excess, kept = found["q"] - found["null"], 100 * found["kept"]
     z = "" if found["z"] is None else f" (z = {number(found['z'], 1)})"
     remarks = (
         f"Q = {number(found['q'], 3)}, nulls {number(found['null'], 3)}: difference {number(excess, 3)}{z}; "
         f"{max(found['communities']) + 1} communities",
-        f"drawn: {len(edges)} of {count:,} edges with {100 * share:.0f} % of their weight; paths through these units "
-        f"alone: {number(100 * found['kept'], decimals([100 * found['kept']], 2))} % of all",
+        f"drawn: {len(edges)} of {count:,} edges with {100 * share:.0f} % of their weight",
+        f"paths through these units alone: {number(kept, decimals([kept], 2))} % of the weight of all paths",
     )
     return graphs.layered(layers, nodes, edges, what, remarks)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from markupsafe import escape
 
 from .charts import COLOURS
 from .svg import picture, tag, text
@@ -120,7 +121,7 @@ def _curve(edge: Edge, nodes: Sequence[Node], x: np.ndarray, y: np.ndarray, stre
 
 def _dot(node: Node, x: float, y: float) -> str:
     colour = _of(node.community)
-    name = tag("title", node.name) if node.name else ""
+    name = tag("title", str(escape(node.name))) if node.name else ""
     label = text(x - 9, y + 3.6, node.label, "end", "tick faint" if node.faint else "tick") if node.label else ""
     if node.place is None:
         look = {"fill": "#fff", "stroke": colour} if node.faint else {"fill": colour, "stroke": "#fff"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -119,6 +120,7 @@ def matrix(
             cls = "tick light" if shades[r, c] > 165 else "tick dark"
             places = 2 if value < 9.995 else 1
             words = f"{value:.{places}f}".replace("-", "−") if np.isfinite(value) else "–"
+            words = words.lstrip("−") if not words.strip("−0.") else words
             parts.append(text(left + (c + 0.5) * width, y, words, "middle", cls))
     return picture("".join(parts), WIDTH, head + count * height + 2, what)
 
@@ -142,7 +144,7 @@ def strips(drawn: Sequence[Strip], rows: Sequence[str], top: float, what: str) -
         parts.append(text(left, y + 13, strip.heading, cls="heading"))
         parts.append(text(WIDTH, y + 13, strip.remark, "end", "tick"))
         y += head
-        box = {"x": left, "y": y, "width": WIDTH - left, "height": height * len(rows)}
+        box: dict[str, Any] = {"x": left, "y": y, "width": WIDTH - left, "height": height * len(rows)}
         address = png(enlarged(shades, 64), PALETTE)
         parts.append(tag("image", href=address, preserveAspectRatio="none", cls="pixels", **box))
         for r, name in enumerate(rows):

@@ -162,24 +162,24 @@ def _check(result: dict[str, Any]) -> None:
 
 
 def _check_circuits(circuits: dict[str, Any]) -> None:
-    if not circuits["variants"] or not circuits["sites"] or not isinstance(circuits["pairs"], int):
+    """As `_check`, of the circuits that a result may hold."""
+    count = len(circuits["variants"])
+    if not count or not circuits["sites"] or not isinstance(circuits["pairs"], int):
         raise ValueError("its circuits are empty")
-    for change in circuits["change"]:
-        change["value"]
-    if len(circuits["change"]) != len(circuits["variants"]) or len(circuits["mediation"]) != len(circuits["variants"]):
+    if len(circuits["change"]) != count or len(circuits["mediation"]) != count:
         raise ValueError("its circuits are not a row a variant")
-    for entry in circuits["mediation"]:
-        cells = [entry["te"], *(row[term] for row in entry["rows"] for term in (*_TERMS, "share"))]
-        for cell in cells:
-            for key in ("value", "low", "high"):
-                cell[key]
-        for row in entry["rows"]:
-            row["site"], row["unit"]
+    rows = [row for entry in circuits["mediation"] for row in entry["rows"]]
+    cells = [*circuits["change"], *(entry["te"] for entry in circuits["mediation"])]
+    cells += [row[term] for row in rows for term in (*_TERMS, "share")]
+    missing = [key for cell in cells for key in ("value", "low", "high") if key not in cell]
+    missing += [key for row in rows for key in ("site", "unit") if key not in row]
     for graph in (circuits["graph"], circuits["control"]):
         if graph:
-            nodes = sum(len(row["units"]) for row in graph["layers"])
-            if len(graph["communities"]) != nodes or not all(key in graph for key in ("q", "null", "z", "kept")):
+            missing += [key for key in ("q", "null", "z", "kept") if key not in graph]
+            if len(graph["communities"]) != sum(len(row["units"]) for row in graph["layers"]):
                 raise ValueError("its circuit graph does not fit together")
+    if missing:
+        raise KeyError(missing[0])
 
 
 def _load_circuits(file: Path, circuits: dict[str, Any]) -> dict[str, Tensor]:

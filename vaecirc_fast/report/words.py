@@ -20,7 +20,7 @@ METRICS = {
     "ces_posterior": "CES, posterior",
     "ces_resample": "CES, resample",
     "specificity": "Specificity (image cells)",
-    "circuit_q": "Circuit graph, Q",
+    "circuit_q": "Circuit Q",
     "circuit_modularity": "Circuit modularity",
 }
 _MODELS = {"vae": "VAE", "beta_vae": "β-VAE"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,10 @@ HEAD = "encoder.mu"
 
 # Name, unit and definition of what is added to the main table.
 DEFINITIONS = {
-    "circuit_q": ("", "Newman's Q of the graph of direct effects latents -> decoder's units -> image cells"),
+    "circuit_q": (
+        "",
+        "Newman's Q of the graph of direct effects from latents by the decoder's units to 4 x 4 image cells",
+    ),
     "circuit_modularity": ("", "Q - mean Q of 50 graphs whose weights are permuted within each pair of layers"),
 }
 
@@ -248,7 +252,7 @@ def circuit_graph_of(model: VAE, ds: Dataset, *, pairs: int, units: int, seed: i
     return Graph(found, weights, _unbounded(values, pairs))
 
 
-def _unbounded(values: dict[str, float | None], n: int) -> dict[str, dict[str, Any]]:
+def _unbounded(values: Mapping[str, float | None], n: int) -> dict[str, dict[str, Any]]:
     """Modularity has no interval within a run: resampled edges are noisier, and so of another modularity."""
     return {
         name: {"value": value, "low": None, "high": None, "resampled": "", "n": n, "level": 0.95}
@@ -256,9 +260,7 @@ def _unbounded(values: dict[str, float | None], n: int) -> dict[str, dict[str, A
     }
 
 
-def _direct_effects(
-    decoder: nn.Module, z: Tensor, others: Tensor
-) -> tuple[dict[str, int], dict[tuple[str, str], Tensor]]:
+def _direct_effects(decoder: Any, z: Tensor, others: Tensor) -> tuple[dict[str, int], dict[tuple[str, str], Tensor]]:
     """Sizes of the layers by name, and (V, U) direct effects of each pair of neighbours in child sd per parent sd."""
     chain = _layers(decoder)
     *names, last = chain

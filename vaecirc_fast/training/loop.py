@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import models
+from .._allocator import kept_memory
 from ..data.dataset import Dataset
 from ..errors import TrainingDiverged
 from ..models import VAE
-from .allocator import kept_memory
 from .checkpoints import CHECKPOINT, MODEL, all_finite, checked_directory, read_checkpoint, write_checkpoint
 from .interrupts import delayed_interrupt
 from .progress import reporter

@@ -21,8 +21,9 @@ from .passes import LARGEST_TILE, Passes, Target, targets_at
 from .patch_effects import PatchEffects
 from .patch_kernels import kernels_behind
 from .patching import ABLATIONS, Readout, ablated, device_of, inputs_of, quiet, run_with_cache, site_values, taken
-from .selection import Selection
-from .trace import Program, Trace, Value
+from .selection import Selection, channel_axis
+from .trace import Trace, Value
+from .updates import Updated, Updates
 
 PART_BYTES = 32 << 20  # of activations and effects of the samples that kernels take at once
 
@@ -177,7 +178,7 @@ class Sweep:
             held = 24 * len(self.groups) * sum(len(t.units) for t in targets)
             held += 4 * sum(values[t.value(one)].nbytes for t in targets if t.selection in self.kernels)
             self.samples = max(1, min(passes.rows, PART_BYTES // held))
-        self._traced: dict[int, Trace] = {}
+        self._traced: dict[int, tuple[Trace, list[Behind]]] = {}
 
     def run(self, replicates: int, seed: int, started: float) -> PatchEffects:
         rows = self.passes.rows
@@ -258,11 +259,10 @@ class Sweep:
         """For each target behind which is no kernel: what `_part` gives, of few samples."""
         passes, size, repeats = self.passes, part.stop - part.start, self.repeats
         if size not in self._traced:
-            self._traced[size] = passes.trace(part, repeats, [t.site for t in self.rest])
-        now = self._traced[size]
-        starts = [t.value(now) for t in self.rest]
-        programs = [now.between([v], now.output) for v in starts]
-        keep = {v for program in programs for v in program.needs} | set(starts)
+            now = passes.trace(part, repeats, [t.site for t in self.rest])
+            self._traced[size] = now, [Behind(now, t, repeats == 1) for t in self.rest]
+        now, behind = self._traced[size]
+        keep = set().union(*(b.needs for b in behind))
         inputs = dict(zip(now.inputs, passes.tensors(part, repeats), strict=True))
         values = now.everything().run(inputs, keep)
         base = values[now.output].flatten(1)
@@ -270,10 +270,10 @@ class Sweep:
         if self.recovery:
             given = passes.output(taken(self.sources.args, passes.rows, part)).flatten(1)
             apart = effect_reduction(given, base[::repeats][:, None], self.effect, groups=whole(self.elements))[:, 0, 0]
-        sources = self.sources.of(self.rest, [values[v][::repeats] for v in starts], part, passes.tile)
+        sources = self.sources.of(self.rest, [values[b.start][::repeats] for b in behind], part, passes.tile)
         found = []
-        for target, program, start, source in zip(self.rest, programs, starts, sources, strict=True):
-            e, d = self._generic(program, values, start, source, target, base, given)
+        for target, b, source in zip(self.rest, behind, sources, strict=True):
+            e, d = self._generic(b, values, source, target, base, given)
             found.append([e] if apart is None else [e, d, apart])
         return found
 
@@ -297,9 +297,8 @@ class Sweep:
 
     def _generic(
         self,
-        program: Program,
+        behind: Behind,
         values: dict[Value, Tensor],
-        start: Value,
         source: Tensor,
         target: Target,
         base: Tensor,
@@ -307,18 +306,17 @@ class Sweep:
     ) -> tuple[Tensor, Tensor]:
         """Effects (B, U, G) of all units of a site, and distances (B, U) to the source's output. Each sample has
         `repeats` rows, for as many units at once."""
-        activation, repeats = values[start], self.repeats
+        activation, repeats = values[behind.start], self.repeats
         size, count = len(activation) // repeats, len(target.units)
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         effects = base.new_zeros(size, count, len(self.groups), dtype=dtype)
         distances = effects.new_zeros(size, count)
-        units = Units(target, activation, source, repeats)
+        run, flops = behind.on(values, source, target, repeats)
         everything = whole(self.elements)
         for chunk in slices(count, repeats):
             n = chunk.stop - chunk.start
-            patched = program.run({**values, start: units.set(target.units[chunk])})
-            y = patched[program.trace.output].flatten(1)
-            self.flops += program.flops
+            y = run(target.units[chunk]).flatten(1)
+            self.flops += flops
             self.bytes += len(activation) * self.bytes_behind[target.selection]
             e = effect_reduction(base, y[:, None], self.effect, groups=self.groups)
             effects[:, chunk] = e.view(size, repeats, -1)[:, :n]
@@ -349,6 +347,33 @@ def readable(n: float) -> str:
             return f"{n:.3g} {prefix}"
         n /= 1000
     return f"{n:.3g} T"
+
+
+class Behind:
+    """What runs behind a target. needs: values of the base that must be there.
+
+    alone: whether all rows of a pass have the same unit; where that is a channel, updates save most of the first
+    layers.
+    """
+
+    def __init__(self, now: Trace, target: Target, alone: bool):
+        self.start = target.value(now)
+        self.program = now.between([self.start], now.output)
+        self.needs = {self.start, *self.program.needs}
+        axis = channel_axis(target.labels.view(now.layouts[self.start.number][0][1:])) if alone else None
+        self.updates = None if axis is None else Updates(self.program, self.start, 1 + axis)
+        if self.updates is not None:
+            self.needs |= self.updates.needs
+
+    def on(
+        self, values: dict[Value, Tensor], source: Tensor, target: Target, repeats: int
+    ) -> tuple[Callable[[Sequence[int]], Tensor], int]:
+        """The outputs for some units, as `Units.set` takes them, until it is called again; and the operations."""
+        updated = None if self.updates is None else Updated(self.updates, values, source)
+        if updated is not None and updated.possible:
+            return lambda units: updated.run(units[0]), updated.updates.flops
+        units, program = Units(target, values[self.start], source, repeats), self.program
+        return lambda some: program.run({**values, self.start: units.set(some)})[program.trace.output], program.flops
 
 
 class Units:

@@ -139,3 +139,14 @@ def units(shape: Sequence[int], unit: str = "channel", heads: int | None = None)
         raise InputError(f"unit: rows of shape {tuple(shape)} have no {unit}s{given}")
     labels = labels.reshape(-1)
     return from_labels(labels, [f"{name} {u}" for u in range(int(labels.max()) + 1)])
+
+
+def channel_axis(labels: Tensor) -> int | None:
+    """The axis of channels, as "channel" has it, of a row's labels if each unit is one whole channel, of its number."""
+    if not labels.ndim:
+        return None
+    axis = labels.ndim - 1 if labels.ndim == 2 else 0
+    by_channel = labels.movedim(axis, 0).reshape(labels.shape[axis], -1)
+    first = by_channel[:, :1]
+    numbers = torch.arange(len(first), device=labels.device)[:, None]
+    return axis if bool(((by_channel == first) & ((first == numbers) | (first < 0))).all()) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..errors import InputError
 from .engine import most_bytes
 from .patching import Readout, read_out, taken
 from .selection import Selection, is_pattern, resolve, units
-from .trace import NOT_REPEATABLE, Trace, Value, same, trace
+from .trace import NOT_REPEATABLE, Program, Trace, Value, same, trace
 
 LARGEST_TILE = 512  # rows of one pass
 
@@ -122,6 +123,28 @@ class Passes:
             expected = "(rows, ...) with more than the axis of rows"
             raise InputError(f"{name} shape {tuple(y.shape)} for {len(args[where[0]])} rows, expected {expected}")
         return made
+
+
+def sizes_of(traced: Trace, values: dict[Value, Tensor]) -> dict[Value, int]:
+    """Bytes of each value's memory, 0 for views of others."""
+    seen, sizes = set(), {}
+    for v in chain(traced.inputs, (v for step in traced.steps for v in step.made if v is not None)):
+        storage = values[v].untyped_storage()
+        sizes[v] = 0 if storage.data_ptr() in seen else storage.nbytes()
+        seen.add(storage.data_ptr())
+    for step in traced.steps:
+        sizes.update((v, values[v].nbytes) for _, v in step.written)
+    return sizes
+
+
+def most_alive(program: Program, start: Value, sizes: dict[Value, int]) -> int:
+    """The most bytes that are alive at once while the program runs; at least 1."""
+    alive = most = sum(sizes[v] for v in {start, *program.needs})
+    for n in program.chosen:
+        alive += sum(sizes[v] for v in program.trace.steps[n].makes)
+        most = max(most, alive)
+        alive -= sum(sizes[v] for v in program.last_used(n))
+    return max(most, 1)
 
 
 def targets_at(

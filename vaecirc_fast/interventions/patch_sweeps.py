@@ -17,7 +17,7 @@ from ..metrics.statistics import resampling_weights
 from ..ops import effect_reduction
 from ..reference.effect_reduction import KINDS
 from .engine import most_bytes, slices
-from .passes import LARGEST_TILE, Passes, Target, targets_at
+from .passes import LARGEST_TILE, Passes, Target, most_alive, sizes_of, targets_at
 from .patch_effects import PatchEffects
 from .patch_kernels import kernels_behind
 from .patching import ABLATIONS, Readout, ablated, device_of, inputs_of, quiet, run_with_cache, site_values, taken
@@ -25,6 +25,7 @@ from .selection import Selection, channel_axis
 from .trace import Trace, Value
 from .updates import Updated, Updates
 
+FEW = 8  # rows from which a CPU's pass for one channel, by updates, beats one for several that runs everything again
 PART_BYTES = 32 << 20  # of activations and effects of the samples that kernels take at once
 
 Weights = Callable[[int, int], Tensor]  # (how many samples, number of the first) -> (R, n) of each in each replicate
@@ -167,11 +168,13 @@ class Sweep:
         self.rest = [t for t in targets if t.selection not in self.kernels]
         self.flops = self.bytes = 0  # of what ran
         made = {t.selection: self._made_behind(t) for t in targets}
-        largest = max(sum(values[v].nbytes for v in made[t.selection]) for t in self.rest or targets)
-        fitting = max(1, min(most_bytes(values[one.output].device) // max(largest, 1), LARGEST_TILE))
-        self.tile = fitting if tile is None else tile
+        device, sizes = values[one.output].device, sizes_of(one, values)
+        alive = max(self._alive_behind(t, sizes) for t in self.rest or targets)
+        self.tile = max(1, min(most_bytes(device) // alive, LARGEST_TILE)) if tile is None else tile
         self.tile_samples = min(passes.rows, self.tile)
         self.repeats = max(1, min(self.tile // self.tile_samples, max((len(t.units) for t in self.rest), default=1)))
+        if device.type == "cpu" and self.tile_samples >= FEW and all(self._channels(t) for t in self.rest):
+            self.repeats = 1
         self.bytes_behind = {name: passes.bytes_of(some) for name, some in made.items()}
         self.samples = self.tile_samples
         if self.kernels:
@@ -295,6 +298,16 @@ class Sweep:
         made = set().union(*(one.steps[n].makes for n in one.between([target.value(one)], one.output).chosen))
         return made & self.passes.values.keys()
 
+    def _alive_behind(self, target: Target, sizes: dict[Value, int]) -> int:
+        """The most bytes of a row that its program holds at once: what a tile's share of the cache is for."""
+        one = self.passes.one
+        start = target.value(one)
+        return most_alive(one.between([start], one.output), start, sizes)
+
+    def _channels(self, target: Target) -> bool:
+        shape = self.passes.values[target.value(self.passes.one)].shape[1:]
+        return channel_axis(target.labels.view(shape)) is not None
+
     def _generic(
         self,
         behind: Behind,
@@ -328,12 +341,13 @@ class Sweep:
     def plan(self, samples: int, seconds: float) -> str:
         """What was done with so many samples, for people."""
         passes, patched = self.passes, len(self._labels()) * samples
+        rows = self.tile_samples * self.repeats
         flops = patched * sum(passes.one.flops)
         held = patched * passes.bytes_of(v for step in passes.one.steps for v in step.makes)
         behind = dict.fromkeys(t.site for t in self.targets if t.selection in self.kernels)
         kernels = f"; kernels behind {', '.join(behind)}" if behind else ""
         return (
-            f"{patched} patched samples at {len(self.targets)} sites, tiles of {self.tile} rows; only what depends on "
+            f"{patched} patched samples at {len(self.targets)} sites, tiles of {rows} rows; only what depends on "
             f"a site runs again: {100 * self.flops / max(1, flops):.0f} % of the operations of whole passes, "
             f"{readable(flops - self.flops)}FLOP saved, and {readable(held - self.bytes)}B of activations never "
             f"made{kernels}; {1e6 * seconds / max(patched, 1):.1f} us a patched sample"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .engine import most_bytes
-from .passes import LARGEST_TILE, value_at
+from .passes import LARGEST_TILE, most_alive, sizes_of, value_at
 from .patching import device_of
 from .trace import NOT_REPEATABLE, Program, Trace, Value, laid_out, same, trace
 
@@ -44,8 +44,8 @@ class Versions:
         plain = call(*args)
         if bool(torch.isfinite(plain).all()) and not same(self.output, plain):
             raise InputError(f"module: gives other numbers when it runs again; {NOT_REPEATABLE}")
-        sizes = _sizes(one, values)
-        self._bytes = {start: _most_alive(program, start, sizes) for start, program in self._programs.items()}
+        sizes = sizes_of(one, values)
+        self._bytes = {start: most_alive(program, start, sizes) for start, program in self._programs.items()}
         self._all_bytes = max(1, sum(sizes.values()))
         needed = {v for program in self._programs.values() for v in program.needs} | self._programs.keys()
         self._values = {v: values[v] for v in needed}
@@ -151,25 +151,3 @@ class Versions:
         if times > 1 and (not y.ndim or y.shape != (times * self.output.shape[0], *self.output.shape[1:])):
             raise InputError("output: does not grow with the rows")
         return traced
-
-
-def _sizes(traced: Trace, values: dict[Value, Tensor]) -> dict[Value, int]:
-    """Bytes of each value's memory, 0 for views of others."""
-    seen, sizes = set(), {}
-    for v in chain(traced.inputs, (v for step in traced.steps for v in step.made if v is not None)):
-        storage = values[v].untyped_storage()
-        sizes[v] = 0 if storage.data_ptr() in seen else storage.nbytes()
-        seen.add(storage.data_ptr())
-    for step in traced.steps:
-        sizes.update((v, values[v].nbytes) for _, v in step.written)
-    return sizes
-
-
-def _most_alive(program: Program, start: Value, sizes: dict[Value, int]) -> int:
-    """The most bytes that are alive at once while the program runs; at least 1."""
-    alive = most = sum(sizes[v] for v in {start, *program.needs})
-    for n in program.chosen:
-        alive += sum(sizes[v] for v in program.trace.steps[n].makes)
-        most = max(most, alive)
-        alive -= sum(sizes[v] for v in program.last_used(n))
-    return max(most, 1)

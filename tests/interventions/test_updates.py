@@ -207,3 +207,20 @@ def test_a_sweep_takes_updates_where_rows_fill_a_tile(monkeypatch):
     monkeypatch.setattr(patch_sweeps.Updated, "run", lambda self, u: seen.append(u) or run(self, u))
     vf.interventions.patch_sweep(module, x_base, x_source, [site], tile=2, replicates=0)
     assert seen == 2 * list(range(6))
+
+
+def test_a_pass_has_one_unit_where_updates_save_more_than_full_tiles():
+    module, *_, site, _ = made("skip")
+    for unit, rows, together in (("channel", 8, 8), ("channel", 7, 42), ("cell", 8, 512)):
+        x_base, x_source = torch.randn(2, rows, *IMAGE)
+        P = vf.interventions.patch_sweep(module, x_base, x_source, [site], unit=unit, replicates=0)
+        assert f"tiles of {together} rows" in P.plan
+
+
+def test_a_tile_is_what_a_program_holds_at_once(monkeypatch):
+    """Of ten equal layers, two activations are alive at a time: the one that is read and the one that is made."""
+    module = nn.Sequential(*(nn.Linear(64, 64) for _ in range(10)), nn.Softmax(-1)).eval()
+    monkeypatch.setattr(patch_sweeps, "most_bytes", lambda _device: 20 * 2 * 4 * 64)
+    x_base, x_source = torch.randn(2, 20, 64)
+    P = vf.interventions.patch_sweep(module, x_base, x_source, ["0"], replicates=0)
+    assert "tiles of 20 rows" in P.plan

@@ -69,6 +69,10 @@ CASES = {
         lambda: Calls(lambda m, x: m.b(h := m.a(x)) * m.c(torch.tanh(h)), a=conv3(3), b=conv3(6), c=conv3(6)),
         (IMAGE, "a", 2),
     ),
+    "added in place": (
+        lambda: Calls(lambda m, x: m.c(m.b(x).add_(m.a(x)).relu_()), a=conv3(3), b=conv3(3), c=conv3(6)),
+        (IMAGE, "a", 1),
+    ),
     "transposed": (
         lambda: images(nn.SiLU(), nn.ConvTranspose2d(6, 4, 4, stride=2, padding=1, output_padding=1), nn.GELU()),
         (IMAGE, "0", 1),

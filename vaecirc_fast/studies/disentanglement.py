@@ -22,7 +22,7 @@ from .measuring import PERMUTATIONS, plain
 
 ON = ("samples", "grid", "none")  # what a study may ask for
 DEAR = ("dci", "sap", "beta_vae_score", "explicitness")  # metrics that fit something
-FEW_PERMUTATIONS = 2  # of those
+FEW_PERMUTATIONS, MANY_IMAGES = 2, 2_000  # of those, on more images than that
 UNMOVED = ("active_units",)  # which no permutation of a latent's codes changes
 
 _LOCATELLO = "Locatello et al. 2019 (arXiv 1811.12359)"
@@ -124,7 +124,7 @@ def _permuted(encoded: Encoded, seed: int, left_out: dict[str, str]) -> dict[str
     drawn: dict[str, list[float]] = {}
     for k in range(PERMUTATIONS):
         moved = replace(encoded, codes=codes.gather(0, unit_wise_order(codes, seed + k)).numpy())
-        wanted = _wanted(encoded, left_out, dear=k < FEW_PERMUTATIONS)
+        wanted = _wanted(encoded, left_out, dear=k < FEW_PERMUTATIONS or len(codes) <= MANY_IMAGES)
         rows, _ = _battery(moved, seed, replicates=0, only=wanted) if wanted else ([], {})
         for row in rows:
             drawn.setdefault(row["metric"], []).append(row["value"])

@@ -35,8 +35,9 @@ class Block:
 @dataclass(frozen=True)
 class Shown:
     """All of the section; `across`: configurations in the widest block; `single`, `several`: whether intervals within a
-    run and over seeds are shown; `few`: whether some controls are of fewer permutations; `unmoved`: metrics without a permuted one; `definitions`: (name, unit, text,
-    source); `notes` on each data set; `more`: configurations that are not shown."""
+    run and over seeds are shown; `few`: whether some controls are of fewer permutations; `unmoved`: metrics without a
+    permuted one; `definitions`: (name, unit, text, source); `notes` on each data set; `more`: configurations that are
+    not shown."""
 
     blocks: Sequence[Block]
     across: int

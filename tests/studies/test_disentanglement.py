@@ -23,7 +23,7 @@ SEED = 3
 
 
 def encoded(n=240, noise=0.3, sizes=(3, 4, 1), seed=0, complete=False, labels=True):
-    """Codes of which each of the first two follows one factor, and two that follow none; a third factor has one value."""
+    """Codes: the first two each follow one factor, the others none; of the third factor there is one value."""
     rng = np.random.default_rng(seed)
     factors = np.stack([rng.integers(size, size=n) for size in sizes], 1)
     if complete:

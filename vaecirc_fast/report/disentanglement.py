@@ -19,6 +19,7 @@ KEY = "disentanglement"
 STATES = ("trained", "untrained", "permuted")
 ACROSS = 2  # configurations side by side: three numbers with intervals each
 MOST_PLACES = 5
+NO_SPREAD = "no spread"
 MOST = 100  # configurations; beyond, the page would outgrow its limit
 
 
@@ -158,13 +159,20 @@ def _cells(group: Group, name: str, places: _Places) -> Iterator[Printed]:
             continue
         p = places.mean if state == "trained" else places.control
         mark = SIDES[side(estimate, over[1])] if state == "trained" else ""
-        yield Printed(number(estimate.value, p), bracketed(estimate, p), mark)
+        yield Printed(number(estimate.value, p), _over(estimate, p), mark)
+
+
+def _over(estimate: Estimate, places: int) -> str:
+    return NO_SPREAD if _equal(estimate.low, estimate.high) else bracketed(estimate, places)
 
 
 def _within(low: float | None, high: float | None, places: int) -> str:
-    if low is not None and high is not None and math.isclose(low, high, rel_tol=1e-9):
-        return "no spread"
-    return interval(low, high, places)
+    return NO_SPREAD if _equal(low, high) else interval(low, high, places)
+
+
+def _equal(low: float | None, high: float | None) -> bool:
+    """But for rounding: scores of 1 are sums."""
+    return low is not None and high is not None and math.isclose(low, high, rel_tol=1e-9)
 
 
 def _notes(runs: Sequence[Run]) -> Iterator[str]:

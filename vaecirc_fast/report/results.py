@@ -193,10 +193,11 @@ def _check_disentanglement(found: dict[str, Any]) -> None:
             for number in (entry[key] for key in ("value", "low", "high")):
                 if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
                     raise TypeError(f"{state} {name} is no number: {number!r}")
-            if state != "permuted":
-                entry["notes"], entry["dropped"]
+            for key in ("notes", "dropped") if state != "permuted" else ("n",):
+                entry[key]
     for entry in found["definitions"].values():
-        entry["unit"], entry["definition"], entry["source"]
+        for key in ("unit", "definition", "source"):
+            entry[key]
 
 
 def _load_circuits(file: Path, circuits: dict[str, Any]) -> dict[str, Tensor]:

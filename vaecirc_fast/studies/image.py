@@ -196,8 +196,8 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
     if c["battery"] == "samples":
         table = disentanglement(measured.encoded, untrained.encoded, EVALUATION_SEED)
     elif c["battery"] == "grid":
-        grids = [encoded_grid(m, ds, progress) for m in (trained.model, model)]
-        table = disentanglement(*grids, EVALUATION_SEED)
+        ours, theirs = (encoded_grid(m, ds, progress) for m in (trained.model, model))
+        table = disentanglement(ours, theirs, EVALUATION_SEED)
     for grid, effects in measured.effects.items():
         effects.save(run.path / f"effects-{grid}.safetensors")
     write_tensors(run.path / "pictures.safetensors", "pictures", measured.pictures, {})

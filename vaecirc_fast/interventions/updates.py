@@ -156,7 +156,11 @@ class Updated:
             new[made] = self._passed(step, made, new, channel)
         given = dict(values)
         for step, x, made in u.linear:
-            delta = new[x] - u.parts[x].of(values[x], channel)
+            before = u.parts[x].of(values[x], channel)
+            last = before.ndim == 4 and values[x].is_contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if last else torch.contiguous_format  # one channel's strides would fit both
+            delta = torch.empty(before.shape, dtype=before.dtype, device=before.device, memory_format=layout)
+            torch.sub(new[x], before, out=delta)
             given[made] = _added(step, values[made], delta, u.parts[x], channel)
         for v, kept in self._kept.items():
             part = u.parts[v]

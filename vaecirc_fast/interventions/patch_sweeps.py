@@ -25,7 +25,7 @@ from .patching import ABLATIONS, Readout, ablated, device_of, inputs_of, quiet, 
 from .selection import Selection
 from .trace import Program, Trace, Value
 
-PART_BYTES = 32 << 20  # of activations and effects of the samples that kernels take at once
+PART_BYTES = 64 << 20  # of activations and effects of the samples that kernels take at once
 
 Weights = Callable[[int, int], Tensor]  # (how many samples, number of the first) -> (R, n) of each in each replicate
 

@@ -25,7 +25,7 @@ from vaecirc_fast.studies.image import Config
 from vaecirc_fast.sweeps import RunStore
 
 TINY = {"steps": 60, "images": 60, "sweep_images": 8, "pairs": 4, "latents": 3, "batch_size": 8, "precision": "fp32"}
-TINY |= {"circuit_pairs": 0}  # circuits have tests of their own
+TINY |= {"circuit_pairs": 0, "battery": "none"}  # circuits and disentanglement metrics have tests of their own
 CPU = torch.device("cpu")
 SWEPT = {"ces_raw", "ces_posterior", "ces_resample", "specificity"}
 NAMES = {"reconstruction", "active", "mig"} | SWEPT
@@ -272,6 +272,7 @@ def ids(out="x", sets=SETS, **changes):
         {"pairs": 5},
         {"circuit_pairs": 4},
         {"circuit_units": 4},
+        {"battery": "samples"},
         {"data": ["dsprites"]},
     ],
 )
@@ -537,6 +538,7 @@ def test_a_missing_file_is_named(tmp_path):
         ({"images": 1}, "images: expected at least 2, got 1"),
         ({"sweep_images": 1}, "sweep_images: expected at least 2, got 1"),
         ({"pairs": 3}, "pairs: expected at least 4, got 3"),
+        ({"battery": "all"}, "battery: expected samples, grid or none, got 'all'"),
         ({"device": "tpu"}, "device: expected auto, cpu or cuda, got 'tpu'"),
         ({"net": "transformer"}, "net: unknown 'transformer'; known are conv, mlp"),
         ({"precision": "fp8"}, "precision: unknown 'fp8'; known are auto, fp32, bf16"),

@@ -91,7 +91,7 @@ def _cell(name: str, runs: Sequence[Run]) -> Cell:
     control = over_seeds([value for value in untrained if value is not None])
     permuted = [run.result["control"].get("permuted", {}).get(name, {}).get("value") for run in runs]
     null = over_seeds([value for value in permuted if value is not None])
-    return Cell(estimate, control, values, _side(estimate, control), null)
+    return Cell(estimate, control, values, side(estimate, control), null)
 
 
 def over_seeds(values: Sequence[float], draws: Sequence[Sequence[float]] = ()) -> Estimate | None:
@@ -106,7 +106,8 @@ def over_seeds(values: Sequence[float], draws: Sequence[Sequence[float]] = ()) -
     return t_interval(values)
 
 
-def _side(estimate: Estimate | None, control: Estimate | None) -> Side:
+def side(estimate: Estimate | None, control: Estimate | None) -> Side:
+    """Where the estimate's interval lies against the control's, as `Cell` has it."""
     bounds = [e.low for e in (estimate, control) if e] + [e.high for e in (estimate, control) if e]
     if estimate is None or control is None or not all(map(math.isfinite, bounds)) or estimate.low == estimate.high:
         return "unknown"

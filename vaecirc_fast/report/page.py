@@ -9,7 +9,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from .._files import write_text
-from . import circuits, figures, inputs
+from . import circuits, disentanglement, figures, inputs
 from .abstract import abstract, sizes
 from .aggregate import Group, definitions, groups
 from .circuits import MediationTable
@@ -66,6 +66,7 @@ def render(study: Study) -> str:
         resampled=_resampled(study),
         runs=run_rows(found, metrics, places),
         more_runs=max(0, len(study.runs) - ROWS),
+        disentanglement=disentanglement.shown(found),
         inputs=inputs.blocks(inputs.measured(found)),
         sections=detail.sections,
         latents=detail.tables,
@@ -121,6 +122,7 @@ def _detail(found: Sequence[Group], metrics: Mapping[str, tuple[str, str]]) -> D
         )
     runs = sum(len(group.runs) for group in found)
     tables, size = [], 1_300 * min(runs, ROWS) + 4_000 * len(found)  # what Tables 1 and 2 take, about
+    size += 9_000 * min(len(found), disentanglement.MOST)
     for group in chosen:
         table = latent_table(group)
         size += 700 * len(table.rows)  # what a row takes as HTML, about

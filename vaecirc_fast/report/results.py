@@ -155,6 +155,8 @@ def _check(result: dict[str, Any]) -> None:
             raise ValueError("the effects of inputs are not a row a variant")
     if "circuits" in result:  # from the fourth protocol on
         _check_circuits(result["circuits"])
+    if "disentanglement" in result:
+        _check_disentanglement(result["disentanglement"])
     rows = [(row, ("latent", "active")) for row in result["latents"]] + [(row, ("step",)) for row in result["history"]]
     for row, keys in rows:
         for key in keys:
@@ -180,6 +182,22 @@ def _check_circuits(circuits: dict[str, Any]) -> None:
                 raise ValueError("its circuit graph does not fit together")
     if missing:
         raise KeyError(missing[0])
+
+
+def _check_disentanglement(found: dict[str, Any]) -> None:
+    """As `_check`, of the disentanglement metrics that a result may hold."""
+    for key in ("left_out", "unmoved", "images", "whole_grid"):
+        found[key]
+    for state in ("trained", "untrained", "permuted"):
+        for name, entry in found[state].items():
+            for number in (entry[key] for key in ("value", "low", "high")):
+                if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+                    raise TypeError(f"{state} {name} is no number: {number!r}")
+            for key in ("notes", "dropped") if state != "permuted" else ("n",):
+                entry[key]
+    for entry in found["definitions"].values():
+        for key in ("unit", "definition", "source"):
+            entry[key]
 
 
 def _load_circuits(file: Path, circuits: dict[str, Any]) -> dict[str, Tensor]:

@@ -239,6 +239,7 @@ _SETTINGS = {
     "pairs": "pairs of images, input manipulation",
     "circuit_pairs": "pairs of images, circuits",
     "circuit_units": "units of a layer in the circuit graph",
+    "battery": "disentanglement metrics on",
     "device": "device",
     "official": "official data files",
     "protocol": "protocol version",
@@ -284,4 +285,7 @@ def machines(runs: Sequence[Run]) -> list[tuple[str, str]]:
     if levels:
         parts = ", ".join(f"{part} {duration(max(found[part] for found in levels))}" for part in levels[0])
         rows.append(("time of the circuits, at most", parts))
+    tables = [t for run in runs if (t := run.result.get("timing", {}).get("disentanglement")) is not None]
+    if tables:
+        rows.append(("time of the disentanglement metrics", f"at most {duration(max(tables))} a run"))
     return rows

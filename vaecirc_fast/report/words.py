@@ -22,6 +22,20 @@ METRICS = {
     "specificity": "Specificity (image cells)",
     "circuit_q": "Circuit Q",
     "circuit_modularity": "Circuit modularity",
+    "active_units": "Active latents",
+    "dci_disentanglement": "DCI disentanglement",
+    "dci_completeness": "DCI completeness",
+    "dci_informativeness": "DCI informativeness",
+    "sap": "SAP",
+    "factor_vae_score": "FactorVAE score",
+    "beta_vae_score": "β-VAE score",
+    "modularity": "Modularity",
+    "explicitness": "Explicitness",
+    "irs": "IRS",
+    "gaussian_total_correlation": "Total correlation, Gaussian",
+    "wasserstein_correlation": "Wasserstein correlation",
+    "wasserstein_correlation_normalised": "Wasserstein correlation, normalised",
+    "mean_pairwise_mi": "Mean pairwise MI",
 }
 _MODELS = {"vae": "VAE", "beta_vae": "β-VAE"}
 _DATA = {"dsprites": "dSprites", "digits": "Digits"}
@@ -135,6 +149,8 @@ def typeset(definition: str) -> Markup:
     text = re.sub(r"(?<=[ ,])t(?= [=s<])", "<i>t</i>", text)
     text = re.sub(r"\b([HI])\(", r"<i>\1</i>(", text)
     text = re.sub(r"\blog G\b", "log <i>G</i>", text)
+    text = re.sub(r"\bC_ii\b", "<i>C</i><sub>ii</sub>", text)
+    text = re.sub(r"(?<=\))\^2", "<sup>2</sup>", text)
     return Markup(text.replace(" - ", " − ").replace("+-", "±").replace("...", "…"))
 
 

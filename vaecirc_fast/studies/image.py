@@ -24,6 +24,7 @@ from ..errors import InputError
 from ..sweeps import RunDirectory, RunStore, run_all
 from ..training.settings import checked_settings
 from .circuits import find_circuits
+from .disentanglement import ON, disentanglement, encoded_grid
 from .manipulation import manipulate
 from .measuring import DEFINITIONS, measure
 
@@ -41,8 +42,10 @@ class Config:
     seeds 0, 1, ... latents: L. net: "conv" or "mlp". beta: of beta_vae. steps: training steps of `batch_size` images at
     learning rate `lr`. precision: "auto", "fp32" or "bf16". images: how many a model is judged on; pairs: of inputs for
     level 1; sweep_images: how many of them its latents are swept on; circuit_pairs: of inputs, a change, for levels 3
-    and 4 and the circuit graph, 0 to leave these out; circuit_units: of each layer in that graph. device: "auto", "cpu"
-    or "cuda". data_root: directory of official files, if any, for the data sets that are read from files.
+    and 4 and the circuit graph, 0 to leave these out; circuit_units: of each layer in that graph. battery: what the
+    disentanglement metrics are computed on, "samples", the images that a model is judged on, "grid", every image of the
+    data set and the reference protocol, or "none" to leave them out. device: "auto", "cpu" or "cuda". data_root:
+    directory of official files, if any, for the data sets that are read from files.
     only: shell-style patterns of run names such as "dsprites-beta_vae-s0"; all runs if empty.
     """
 
@@ -62,6 +65,7 @@ class Config:
     pairs: int = 256
     circuit_pairs: int = 16
     circuit_units: int = 16
+    battery: str = "samples"
     device: str = "auto"
     data_root: Path | None = None
     only: tuple[str, ...] = ()
@@ -149,7 +153,7 @@ def plan(config: Config, device: torch.device, sets: Mapping[str, data.Dataset])
                         for key in ("latents", "net", "steps", "batch_size", "lr", "precision")
                     },
                     **{key: getattr(config, key) for key in ("images", "sweep_images", "pairs")},
-                    **{key: getattr(config, key) for key in ("circuit_pairs", "circuit_units")},
+                    **{key: getattr(config, key) for key in ("circuit_pairs", "circuit_units", "battery")},
                     "device": device.type,
                 }
                 runs.append((label, settings))
@@ -188,6 +192,12 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
         active = [row["latent"] for row in measured.latents if row["active"]]
         sizes = {"pairs": c["circuit_pairs"], "units": c["circuit_units"]}
         circuits = find_circuits(trained.model, model, ds, active=active, seed=EVALUATION_SEED, **sizes)
+    table = None
+    if c["battery"] == "samples":
+        table = disentanglement(measured.encoded, untrained.encoded, EVALUATION_SEED)
+    elif c["battery"] == "grid":
+        ours, theirs = (encoded_grid(m, ds, progress) for m in (trained.model, model))
+        table = disentanglement(ours, theirs, EVALUATION_SEED)
     for grid, effects in measured.effects.items():
         effects.save(run.path / f"effects-{grid}.safetensors")
     write_tensors(run.path / "pictures.safetensors", "pictures", measured.pictures, {})
@@ -201,6 +211,7 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
         "latents": measured.latents,
         "inputs": inputs,
         **({"circuits": circuits.found} if circuits else {}),
+        **({"disentanglement": table.found} if table else {}),
         "control": {
             "untrained": untrained.metrics | (circuits.control if circuits else {}),
             "permuted": measured.permuted,
@@ -219,6 +230,7 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
             "training_seconds": seconds,
             "sweeps": measured.plans | ({"patching": circuits.plan} if circuits else {}),
             **({"circuits": circuits.seconds} if circuits else {}),
+            **({"disentanglement": table.seconds} if table else {}),
         },
     }
 
@@ -261,6 +273,8 @@ def _checked(config: Config) -> torch.device:
             raise InputError(f"{key}: expected at least {least}, got {getattr(config, key)}")
     if config.circuit_pairs < 2 and config.circuit_pairs != 0:
         raise InputError(f"circuit_pairs: expected at least 2, or 0 for none, got {config.circuit_pairs}")
+    if config.battery not in ON:
+        raise InputError(f"battery: expected {', '.join(ON[:-1])} or {ON[-1]}, got {config.battery!r}")
     for key in ("lr", "beta"):
         if not 0 < getattr(config, key) < math.inf:
             raise InputError(f"{key}: expected a positive number, got {getattr(config, key)}")

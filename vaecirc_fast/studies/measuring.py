@@ -39,7 +39,7 @@ class Measurement:
     """`metrics`: name -> {value, low, high, resampled, n, ...}; `permuted`: likewise, of unit-wise permuted
     activations, for the metrics that have such a null; `replicates`: bootstrap replicates of the model-level causal
     metrics; `latents`: a row per latent; `effects` by grid; `pictures`: images (n, C, H, W) uint8; `plans` of the
-    sweeps.
+    sweeps; `encoded`: the codes of the images.
     """
 
     metrics: dict[str, dict[str, Any]]
@@ -50,6 +50,7 @@ class Measurement:
     effects: dict[str, Effects]
     pictures: dict[str, Tensor]
     plans: dict[str, str]
+    encoded: metrics.Encoded
 
 
 def image_cells(shape: tuple[int, int, int]) -> Groups:
@@ -106,14 +107,19 @@ def measure(model: VAE, ds: Dataset, *, images: int, sweep_images: int, seed: in
         columns={"low": "specificity_low", "high": "specificity_high"}
     )
     return Measurement(
-        metrics={name: _plain(asdict(estimate)) for name, estimate in estimates.items()},
+        metrics={name: plain(asdict(estimate)) for name, estimate in estimates.items()},
         permuted=_permuted(model, mu, v, z, scale, groups, seed) if permute else {},
         replicates=replicates,
-        latents=[_plain(row) for row in latents.to_dict("records")],
+        latents=[plain(row) for row in latents.to_dict("records")],
         trained=reconstruction.trained,
         effects=effects,
         pictures=_pictures(model, x, v, mu, scale),
         plans={grid: e.plan for grid, e in effects.items()},
+        encoded=metrics.Encoded(
+            *(mu.float().cpu().numpy(), v.cpu().numpy(), tuple(ds.factor_names)),
+            complete=False,
+            logvar=logvar.float().cpu().numpy(),
+        ),
     )
 
 
@@ -131,7 +137,7 @@ def _permuted(
     )
     drawn["specificity"] = [exchanged_specificity(effects, seed + k) for k in range(PERMUTATIONS)]
     return {
-        name: _plain(asdict(metrics.statistics.prediction_interval(values, resampled="permutations")))
+        name: plain(asdict(metrics.statistics.prediction_interval(values, resampled="permutations")))
         for name, values in drawn.items()
         if all(map(math.isfinite, values))
     }
@@ -172,7 +178,7 @@ def _pictures(model: VAE, x: Tensor, v: Tensor, mu: Tensor, scale: Tensor) -> di
     return {name: (images.clamp(0, 1) * 255).round().byte().cpu() for name, images in pictures.items()}
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
+def plain(row: dict[str, Any]) -> dict[str, Any]:
     """JSON values only: numpy scalars become Python's, numbers that are not finite become null."""
     out = {}
     for key, value in row.items():

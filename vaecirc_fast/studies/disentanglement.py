@@ -1,0 +1,148 @@
+"""The disentanglement metrics of one image model: all of the battery, with the untrained and the permuted control."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .. import metrics
+from ..data import Dataset
+from ..metrics import Encoded
+from ..metrics.battery import METRICS
+from ..metrics.statistics import prediction_interval
+from ..models import VAE
+from .control_models import unit_wise_order
+from .measuring import PERMUTATIONS, plain
+
+ON = ("samples", "grid", "none")  # what a study may ask for
+DEAR = ("dci", "sap", "beta_vae_score", "explicitness")  # metrics that fit something
+FEW_PERMUTATIONS, MANY_IMAGES = 2, 2_000  # of those, on more images than that
+UNMOVED = ("active_units",)  # which no permutation of a latent's codes changes
+
+_LOCATELLO = "Locatello et al. 2019 (arXiv 1811.12359)"
+_RIDGEWAY = "Ridgeway and Mozer 2018 (arXiv 1802.05312)"
+SOURCES = {
+    "active_units": "this project, after Burda et al. 2016 (arXiv 1509.00519)",
+    "mig": "Chen et al. 2018 (arXiv 1802.04942)",
+    "dci": "Eastwood and Williams 2018",
+    "sap": "Kumar, Sattigeri and Balakrishnan 2018",
+    "factor_vae_score": "Kim and Mnih 2018 (arXiv 1802.05983)",
+    "beta_vae_score": "Higgins et al. 2017",
+    "modularity": _RIDGEWAY,
+    "explicitness": _RIDGEWAY,
+    "irs": "Suter et al. 2019 (arXiv 1811.00007)",
+    **dict.fromkeys(
+        (
+            "gaussian_total_correlation",
+            "wasserstein_correlation",
+            "wasserstein_correlation_normalised",
+            "mean_pairwise_mi",
+        ),
+        _LOCATELLO,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Disentanglement:
+    """`found`, as the result of a run keeps it: `trained`, `untrained` and `permuted`, metric -> {value, low, high,
+    resampled, n, ...}; `definitions`, metric -> {unit, definition, source}; `left_out`, metric -> why; `unmoved`, the
+    metrics that have no permuted control; `images`, `whole_grid`: what all are of. `seconds`: what it took.
+    """
+
+    found: dict[str, Any]
+    seconds: float
+
+
+def disentanglement(trained: Encoded, untrained: Encoded, seed: int) -> Disentanglement:
+    """The battery on the codes of a model and of its untrained twin, and on the model's codes permuted unit-wise: each
+    latent over the images by itself.
+
+    Images without labels have the metrics that need none. Intervals are over images or votes, within the run; those of
+    the permuted codes are the ones in which one more permutation falls.
+    """
+    began = time.perf_counter()
+    tables, left_out = {}, {}
+    for name, encoded in (("untrained", untrained), ("trained", trained)):
+        tables[name], out = _battery(encoded, seed)
+        left_out |= out
+    found = {name: {row["metric"]: _entry(row) for row in tables[name]} for name in ("trained", "untrained")}
+    units = {row["metric"]: row["unit"] for rows in tables.values() for row in rows}
+    definitions = {
+        name: {"unit": units.get(name, ""), "definition": text, "source": SOURCES[key]}
+        for key, metric in METRICS.items()
+        for name, text in metric.definitions.items()
+        if trained.labelled is not None or not metric.labels
+    }
+    return Disentanglement(
+        {
+            **found,
+            "permuted": _permuted(trained, seed, left_out),
+            "definitions": definitions,
+            "left_out": left_out,
+            "unmoved": [name for key in UNMOVED for name in METRICS[key].definitions],
+            "images": len(trained.codes),
+            "whole_grid": trained.complete,
+        },
+        time.perf_counter() - began,
+    )
+
+
+def encoded_grid(model: VAE, ds: Dataset, progress: bool) -> Encoded:
+    """The codes of every image of the data set."""
+    with torch.no_grad():
+        return metrics.encode_grid(model, ds, progress=progress)
+
+
+def _battery(encoded: Encoded, seed: int, **options: Any) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows, and why the metrics that are missing are."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "battery: left out")  # the reasons are kept
+        table = metrics.battery(None, None, encoded=encoded, seed=seed, progress=False, **options)
+    labelled = encoded.labelled is not None
+    left_out = {key: why for key, why in table.attrs["left_out"].items() if labelled or not METRICS[key].labels}
+    return table.to_dict("records"), {name: why for key, why in left_out.items() for name in METRICS[key].definitions}
+
+
+def _entry(row: dict[str, Any]) -> dict[str, Any]:
+    # what holds for all metrics, or is the study's choice, is said once
+    notes = [note for note in row["note"].split("; ") if note and not note.startswith(("no interval:", "on "))]
+    entry = {key: row[key] for key in ("value", "low", "high", "resampled", "n")}
+    dropped = [name for name in row["dropped"].split(", ") if name]
+    return plain(entry) | {"dropped": dropped, "notes": notes}
+
+
+def _permuted(encoded: Encoded, seed: int, left_out: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Each metric on permuted codes: the mean over permutations, fewer of the metrics that fit something."""
+    codes = torch.from_numpy(encoded.codes)
+    drawn: dict[str, list[float]] = {}
+    for k in range(PERMUTATIONS):
+        moved = replace(encoded, codes=codes.gather(0, unit_wise_order(codes, seed + k)).numpy())
+        wanted = _wanted(encoded, left_out, dear=k < FEW_PERMUTATIONS or len(codes) <= MANY_IMAGES)
+        rows, _ = _battery(moved, seed, replicates=0, only=wanted) if wanted else ([], {})
+        for row in rows:
+            drawn.setdefault(row["metric"], []).append(row["value"])
+    return {
+        name: plain({"value": e.value, "low": e.low, "high": e.high, "resampled": "permutations", "n": e.n})
+        for name, values in drawn.items()
+        if all(map(math.isfinite, values))
+        for e in [prediction_interval(values, resampled="permutations")]
+    }
+
+
+def _wanted(encoded: Encoded, left_out: dict[str, str], dear: bool) -> Sequence[str]:
+    """The metrics to permute for: those that could be had at all."""
+    return [
+        key
+        for key, metric in METRICS.items()
+        if key not in UNMOVED
+        and (dear or key not in DEAR)
+        and not metric.definitions.keys() & left_out.keys()
+        and (encoded.labelled is not None or not metric.labels)
+    ]

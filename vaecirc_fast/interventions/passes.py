@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Target:
     labels: Tensor
     units: tuple[int, ...]
 
-    @property
+    @cached_property
     def site(self) -> str:
         return str(Selection(self.selection.site, self.selection.side))
 

@@ -179,6 +179,7 @@ class Sweep:
             held += 4 * sum(values[t.value(one)].nbytes for t in targets if t.selection in self.kernels)
             self.samples = max(1, min(passes.rows, PART_BYTES // held))
         self._traced: dict[int, Trace] = {}
+        self._before: dict[str, None] = {}  # sites whose activations kernels made
 
     def run(self, replicates: int, seed: int, started: float) -> PatchEffects:
         rows = self.passes.rows
@@ -262,6 +263,7 @@ class Sweep:
             before, shape = self.kernels[t.selection].before, passes.values[t.value(passes.one)].shape[1:]
             if before is None or not alike:
                 continue
+            self._before[t.site] = None
             both = args[0] if given is None else torch.cat([args[0], given[0]])
             values = network_outputs(before, both).unflatten(1, shape)
             base = values[: len(args[0])]
@@ -355,6 +357,7 @@ class Sweep:
         held = patched * passes.bytes_of(v for step in passes.one.steps for v in step.makes)
         behind = dict.fromkeys(t.site for t in self.targets if t.selection in self.kernels)
         kernels = f"; kernels behind {', '.join(behind)}" if behind else ""
+        kernels += f"; kernels before {', '.join(self._before)}" if self._before else ""
         return (
             f"{patched} patched samples at {len(self.targets)} sites, tiles of {self.tile} rows; only what depends on "
             f"a site runs again: {100 * self.flops / max(1, flops):.0f} % of the operations of whole passes, "

@@ -40,9 +40,6 @@ class Selection:
         ]
         return f"{self.site}{side}" + (f"[{', '.join(parts)}]" if parts else "")
 
-    def __hash__(self) -> int:
-        return hash(str(self))  # slices have no hash before Python 3.12
-
     def mask(self, shape: Sequence[int]) -> Tensor:
         """Which elements of a row of that shape (without the batch axis) are chosen: (E,) bool. InputError if none."""
         if len(self.index) > len(shape):

@@ -165,7 +165,8 @@ NetworkRows rows_of(const char* op, const NetworkArguments& given, std::vector<S
             at<int32_t>(spans),
             n_spans,
             at<float>(out),
-            threads};
+            threads,
+            nullptr};
 }
 
 // Of tc_logsumexp: type, z, mean, scale, constant; sizes B, M, L, stride; weights; threads.
@@ -247,6 +248,14 @@ PYBIND11_MODULE(_C, m) {
               checked(chosen->latent_sweep({at<float>(z), at<int64_t>(latents), at<float>(shifts), L, K,
                                             rows_of("latent_sweep", network, layers)}));
           });
+    // Outputs (B, P) of z before the link, of a network that begins with a dense layer.
+    m.def("network_outputs", [](uintptr_t z, int64_t L, uintptr_t outputs, const NetworkArguments& network) {
+        py::gil_scoped_release release;
+        std::vector<SweepLayer> layers;
+        NetworkRows rows = rows_of("network_outputs", network, layers);
+        rows.J = 0, rows.outputs = at<float>(outputs);
+        checked(chosen->latent_sweep({at<float>(z), nullptr, nullptr, L, 0, rows}));
+    });
     m.def("patch_mix", [](uintptr_t base, uintptr_t source, uintptr_t order, uintptr_t starts, uintptr_t stops,
                           uintptr_t reference, int64_t L, const NetworkArguments& network) {
         py::gil_scoped_release release;

@@ -174,7 +174,8 @@ struct Sweep {
     int64_t entry = 0;   // floats of the grid (C / 16, h, w, 16) that enters the convolutions
     int64_t padded = 0;  // P in the order of the kernel
     int32_t* labels = nullptr;
-    int32_t* position = nullptr;  // (P) of each element among a row's logits; only for softmax after convolutions
+    int32_t* position =
+        nullptr;  // (P) of each element among a row's logits; where softmaxes, or outputs as such, need it
     Plan plan;
     const Reducer<float>* reducer = nullptr;
     bool linked = false;                                         // effects look at what is behind a link
@@ -308,7 +309,7 @@ struct Sweep {
         }
         padded = softmax ? up(args.P, LANES) : places;
         labels = memory.take<int32_t>(padded);
-        if (softmax && n_conv) position = memory.take<int32_t>(args.P);
+        if (n_conv && (softmax || (args.outputs && !in_blocks()))) position = memory.take<int32_t>(args.P);
         if (!memory.ok) return false;
         for (int64_t p = 0; p < places; ++p) {
             const int64_t element = element_at(p);
@@ -339,7 +340,7 @@ struct Sweep {
         samples = least(args.B, most_of(1, BASE_BYTES / per_sample));
         // As many rows as stay in L2, but a tile a thread at least, and of huge rows few, whatever that costs.
         rows = least(n_conv ? MOST_CONVOLVED : MOST_ROWS, TILE_BYTES / row_bytes / 12 * 12);
-        rows = least(rows, up((samples * args.J + threads - 1) / threads, 12));
+        rows = least(rows, up((samples * most_of(1, args.J) + threads - 1) / threads, 12));
         if (rows < 12) rows = most_of(1, least(12, HUGE_BYTES / row_bytes));
         if (!n_dense) rows = least(MOST_CONVOLVED, up((samples * args.J + threads - 1) / threads, 12));
         pre = memory.take<float>(samples * first_wide);
@@ -1001,6 +1002,24 @@ struct Sweep {
 
     // --- effects ---
 
+    // Whether a row's logits are whole blocks of 16 pixels times 16 channels.
+    bool in_blocks() const {
+        const Conv& c = conv[n_conv - 1];
+        return !c.by_taps && c.layer->out % COLUMN == 0 && c.H * c.W % COLUMN == 0;
+    }
+
+    // n outputs from p on of a row, as they are.
+    void give(const float* y, int64_t sample, int64_t p, int64_t n) const {
+        float* to = args.outputs + (first_sample + sample) * args.P + p;
+        if (!n_conv || position) {
+            memcpy(to, y, least(n, args.P - p) * sizeof(float));
+            return;
+        }
+        const int64_t pixels = conv[n_conv - 1].H * conv[n_conv - 1].W;
+        for (int64_t at = 0; at < args.P; at += COLUMN * pixels)
+            for (int64_t x = 0; x < pixels; x += COLUMN) transpose(y + at + x * COLUMN, COLUMN, to + at + x, pixels);
+    }
+
     // Takes n outputs from p on of a row: into the base of its sample, or as differences from it into state `state`.
     void take(Worker& w, int64_t row, bool is_base, const float* y_raw, int64_t p, int64_t n, int64_t state) const {
         const int64_t sample = sample_of(row, is_base, args.J);
@@ -1009,6 +1028,7 @@ struct Sweep {
             for (int64_t e = 0; e < args.P; ++e) w.natural[e] = y_raw[position[e]];
             y_raw = w.natural;
         }
+        if (args.outputs) return give(y_raw, sample, p, n);
         const bool softmax = args.link == (int)SweepLink::softmax;
         if (is_base) memcpy(of_raw, y_raw, n * sizeof(float));
         if (linked && softmax) apply_softmax(y_raw, is_base ? of_base : w.linked, args.P, args.spans, args.n_spans);
@@ -1115,7 +1135,7 @@ struct Sweep {
 }  // namespace
 
 bool network_rows(const NetworkRows& of, const Changes& by) {
-    if (of.B == 0 || of.J == 0 || of.E == 0 || of.G == 0) return true;
+    if (of.B == 0 || (!of.outputs && (of.J == 0 || of.E == 0 || of.G == 0))) return true;
     return Sweep(of, by).run();
 }
 

@@ -41,6 +41,7 @@ struct NetworkRows {
     int64_t n_spans;
     float* out;  // (B, J, E, G)
     int threads;
+    float* outputs;  // (B, P) before the link, of the input's own rows, which then are all that is made; or null
 };
 
 // How row (b, j) differs from row b of the input: it takes `source`'s numbers where there is a source, else is shifted.

@@ -1,5 +1,6 @@
 """Activation patching against a loop of hooks: on VAEs, a residual net, a transformer, a UNet; caches; bad input."""
 
+import copy
 import itertools
 from dataclasses import dataclass
 
@@ -374,6 +375,56 @@ def test_memory_grows_neither_with_patches_nor_with_samples(backend, monkeypatch
     assert many >= 32 * few and large < small + 200 * N * many  # effects in float64, some copies of them
     _, larger = peak("decoder.ct1[0, 0]", 64)
     assert larger < 2 * max(small, 1 << 17) + (1 << 16)
+
+
+def perceptron(norm=None):
+    layers = [nn.Linear(4, 8), norm, nn.ReLU(), nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 6)]
+    return nn.Sequential(*(layer for layer in layers if layer is not None)).eval()
+
+
+BEFORE = {
+    "conv": (lambda: models.build("vae", (1, 32, 32), latents=4, net="conv").decoder.eval(), "ct2", True),
+    "mlp": (lambda: models.build("vae", (1, 32, 32), latents=4, net="mlp").decoder.eval(), "fc3", True),
+    "modules": (perceptron, "2", True),
+    "behind an activation": (perceptron, "1", False),
+    "an unknown layer": (lambda: perceptron(nn.LayerNorm(8)), "3", False),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_kernels_before_a_site(name):
+    torch.manual_seed(1)
+    make, site, known = BEFORE[name]
+    module, (base, source) = make(), torch.randn(2, N, 4)
+    P = assert_equals_hook_loop(module, base, source, [site])
+    assert f"kernels behind {site};" in P.plan and (f"kernels before {site};" in P.plan) == known
+    zeros = vf.interventions.patch_sweep(module, base, base, [site], replicates=0)
+    assert not zeros.tensor.any()
+
+
+def test_ablations_of_what_kernels_made():
+    """Without a source too the base is the kernel's; what gives infinities runs as it was and is refused."""
+    torch.manual_seed(1)
+    module, (base, reference) = perceptron(), torch.randn(2, N, 4)
+    P = vf.interventions.ablate(module, base, ["2"], ablation="mean-positional", reference=reference, replicates=0)
+    assert "kernels before 2;" in P.plan
+    mean = vf.interventions.run_with_cache(module, reference, ["2"])[1]["2"].mean(0, keepdim=True).expand(N, -1)
+    y = module(base)
+    truth, yardstick = (
+        torch.stack(
+            [
+                (vf.interventions.patch(m, x, {f"2[{u}]": by}) - m(x)).double().square().mean()[None].detach()
+                for u in range(20)
+            ]
+        )
+        for m, x, by in ((copy.deepcopy(module).double(), base.double(), mean.double()), (module, base, mean))
+    )
+    unit = torch.full_like(truth, float(4 * y.detach().abs().max() ** 2))
+    assert_close(P.tensor, yardstick.float(), truth, terms=40, unit=unit)
+    with torch.no_grad():
+        module[0].weight[0, 0] = torch.inf
+    with pytest.raises(InputError, match="NaN or infinite"):
+        vf.interventions.patch_sweep(module, base, reference, ["2"], replicates=0)
 
 
 def test_the_plan_counts_what_is_saved():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .engine import most_bytes
 from .patching import Readout, read_out, taken
-from .selection import Selection, is_pattern, resolve, units
+from .selection import Selection, is_pattern, labels_of, resolve
 from .trace import NOT_REPEATABLE, Program, Trace, Value, same, trace
 
 LARGEST_TILE = 512  # rows of one pass
@@ -27,7 +28,7 @@ class Target:
     labels: Tensor
     units: tuple[int, ...]
 
-    @property
+    @cached_property
     def site(self) -> str:
         return str(Selection(self.selection.site, self.selection.side))
 
@@ -96,7 +97,10 @@ class Passes:
             tensors = [a for a in args if isinstance(a, Tensor) and a.ndim]
             if not given or [t.shape for t in tensors] != [t.shape for t in self.tensors(slice(0, 1))]:
                 continue
-            again = self.one.everything().run(dict(zip(self.one.inputs, tensors, strict=True)))[self.one.output]
+            if given is self.args and self.looked:  # what `look` ran
+                again = self.values[self.one.output]
+            else:
+                again = self.one.everything().run(dict(zip(self.one.inputs, tensors, strict=True)))[self.one.output]
             plain = self.output(args)
             if bool(torch.isfinite(plain).all()) and not same(again, plain):
                 what = "what it executed" if name else "it"
@@ -162,7 +166,7 @@ def targets_at(
             value = bare.value(traced)
             shape = tuple(passes.values[value].shape[1:])
             mask = s.mask(shape)
-            labels = torch.where(mask, units(shape, unit, heads).labels, -1)
+            labels = torch.where(mask, labels_of(shape, unit, heads)[0], -1)
             if reaching and traced.output not in traced.reached([value]):
                 raise InputError(f"{s}: nothing of it reaches the output; choose a site before it")
             found.setdefault(s, Target(s, labels, tuple(labels[mask].bincount().nonzero()[:, 0].tolist())))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 from .. import ops
 from ..groups import Groups
 from ..ops import effect_reduction
+from ..ops._network_outputs import network_outputs
 from ..ops.latent_sweep import ROW as LATENT_SWEEP
 from ..ops.latent_sweep import Dense, Network
 from ..ops.patch_mix import ROW as PATCH_MIX
-from .fused import agrees, backend_for, gram_head
+from .fused import DISAGREES, agrees, backend_for, gram_head
 from .networks import ACTIVATIONS, record
 from .patching import read_out, run_with_cache, taken
 from .selection import Selection
@@ -31,13 +32,15 @@ class Kernel:
 
     alone: every unit is one element of a vector, which the op `latent_sweep` shifts; `patch_mix` sets any unit. Behind
     it one linear layer alone, all that a unit does is its column of the weights times its change. flops: of one patched
-    sample.
+    sample. before: the layers that lead from the module's one input, a vector, to the site, of which the kernels make
+    activations too; None where these are others, and the module itself runs.
     """
 
     lead: tuple[Step, ...]
     network: Network
     alone: bool
     flops: int
+    before: Network | None = None
 
     def effects(
         self, base: Tensor, source: Tensor, target: Target, effect: str, groups: Groups, against: str = "base"
@@ -96,7 +99,33 @@ def kernels_behind(passes: Passes, targets: Sequence[Target], recovery: bool = F
         for selection, name in names.items():
             if not found[selection].agrees(cache[name], y):
                 del found[selection]
+                continue
+            before = _network_before(passes, next(t for t in targets if t.selection == selection))
+            if before is not None and _gives(before, rows[0], cache[name].flatten(1)):
+                found[selection] = replace(found[selection], before=before)
     return found
+
+
+def _network_before(passes: Passes, target: Target) -> Network | None:
+    """The known layers from the module's one input, a vector, to a site."""
+    one, values = passes.one, passes.values
+    value = target.value(one)
+    if len(passes.args) != 1 or len(one.inputs) != 1 or values[value].dtype != torch.float32:
+        return None
+    (start,) = one.inputs
+    program = one.between([start], value)
+    if values[start].ndim != 2 or values[start].dtype != torch.float32 or program.needs or not program.chosen:
+        return None
+    if backend_for(values[start]) != "cpp":
+        return None
+    network = record(lambda z: program.run({start: z}, {value})[value], values[start]).network
+    return network if network is not None and network.link == "identity" else None
+
+
+def _gives(network: Network, z: Tensor, activations: Tensor) -> bool:
+    """Whether the kernel's outputs for z (R, L) are the activations (R, P), all finite, up to rounding."""
+    apart = (network_outputs(network, z) - activations).abs()
+    return bool((apart <= DISAGREES * activations.abs().amax().clamp(min=torch.finfo(apart.dtype).tiny)).all())
 
 
 def _kernel_behind(passes: Passes, target: Target, recovery: bool) -> Kernel | None:

@@ -15,6 +15,7 @@ from ..groups import Groups, whole
 from ..metrics.causal import REPLICATES
 from ..metrics.statistics import resampling_weights
 from ..ops import effect_reduction
+from ..ops._network_outputs import network_outputs
 from ..reference.effect_reduction import KINDS
 from .engine import most_bytes, slices
 from .passes import LARGEST_TILE, Passes, Target, most_alive, sizes_of, targets_at
@@ -26,7 +27,7 @@ from .trace import Trace, Value
 from .updates import Updated, Updates
 
 FEW = 8  # rows from which a CPU's pass for one channel, by updates, beats one for several that runs everything again
-PART_BYTES = 32 << 20  # of activations and effects of the samples that kernels take at once
+PART_BYTES = 64 << 20  # of activations and effects of the samples that kernels take at once
 
 Weights = Callable[[int, int], Tensor]  # (how many samples, number of the first) -> (R, n) of each in each replicate
 
@@ -182,6 +183,7 @@ class Sweep:
             held += 4 * sum(values[t.value(one)].nbytes for t in targets if t.selection in self.kernels)
             self.samples = max(1, min(passes.rows, PART_BYTES // held))
         self._traced: dict[int, tuple[Trace, list[Behind]]] = {}
+        self._before: dict[str, None] = {}  # sites whose activations kernels made
 
     def run(self, replicates: int, seed: int, started: float) -> PatchEffects:
         rows = self.passes.rows
@@ -243,19 +245,40 @@ class Sweep:
         return out + [some[0].double() for some in by_kind[2:]]  # the base's distance is the same at all sites
 
     def _by_kernels(self, part: slice) -> dict[Selection, list[Tensor]]:
-        passes = self.passes
         targets = [t for t in self.targets if t.selection in self.kernels]
-        names = [t.site for t in targets]
-        values = site_values(passes.module, passes.args, passes.rows, part, names, passes.tile)
-        sources = self.sources.of(targets, [values[name] for name in names], part, passes.tile)
         found, everything = {}, whole(self.elements)
-        for t, source in zip(targets, sources, strict=True):
-            kernel, base = self.kernels[t.selection], values[t.site]
+        for t, base, source in self._ends(targets, part):
+            kernel = self.kernels[t.selection]
             found[t.selection] = [kernel.effects(base, source, t, self.effect, self.groups)]
             if self.recovery:
                 d = kernel.effects(base, source, t, self.effect, everything, against="source")[..., 0]
                 found[t.selection] += [d[:, :-1], d[:, -1]]
             self.flops += (1 + self.recovery) * len(base) * len(t.units) * kernel.flops
+        return found
+
+    def _ends(self, targets: list[Target], part: slice) -> list[tuple[Target, Tensor, Tensor]]:
+        """Targets behind which are kernels, with the activations (B, ...) of the base and of what units take: by
+        kernels, both at once, where these know what is before the site too, else by passes of the module."""
+        passes, sources, found = self.passes, self.sources, []
+        args = taken(passes.args, passes.rows, part)
+        given = taken(sources.args, passes.rows, part) if sources.ablation == "resample" else None
+        alike = given is None or (len(given) == 1 and _alike(given[0], args[0]))
+        for t in targets:
+            before, shape = self.kernels[t.selection].before, passes.values[t.value(passes.one)].shape[1:]
+            if before is None or not alike:
+                continue
+            self._before[t.site] = None
+            both = args[0] if given is None else torch.cat([args[0], given[0]])
+            values = network_outputs(before, both).unflatten(1, shape)
+            base = values[: len(args[0])]
+            new = values[len(base) :] if given is not None else sources.of([t], [base], part, passes.tile)[0]
+            found.append((t, base, new))
+        slow = [t for t in targets if not alike or self.kernels[t.selection].before is None]
+        if slow:
+            names = [t.site for t in slow]
+            values = site_values(passes.module, passes.args, passes.rows, part, names, passes.tile)
+            bases = [values[name] for name in names]
+            found += zip(slow, bases, sources.of(slow, bases, part, passes.tile), strict=True)
         return found
 
     def _tile(self, part: slice) -> list[list[Tensor]]:
@@ -346,12 +369,19 @@ class Sweep:
         held = patched * passes.bytes_of(v for step in passes.one.steps for v in step.makes)
         behind = dict.fromkeys(t.site for t in self.targets if t.selection in self.kernels)
         kernels = f"; kernels behind {', '.join(behind)}" if behind else ""
+        kernels += f"; kernels before {', '.join(self._before)}" if self._before else ""
         return (
             f"{patched} patched samples at {len(self.targets)} sites, tiles of {rows} rows; only what depends on "
             f"a site runs again: {100 * self.flops / max(1, flops):.0f} % of the operations of whole passes, "
             f"{readable(flops - self.flops)}FLOP saved, and {readable(held - self.bytes)}B of activations never "
             f"made{kernels}; {1e6 * seconds / max(patched, 1):.1f} us a patched sample"
         )
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether both are tensors of one shape, dtype and device."""
+    tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
+    return tensors and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def readable(n: float) -> str:

@@ -40,9 +40,6 @@ class Selection:
         ]
         return f"{self.site}{side}" + (f"[{', '.join(parts)}]" if parts else "")
 
-    def __hash__(self) -> int:
-        return hash(str(self))  # slices have no hash before Python 3.12
-
     def mask(self, shape: Sequence[int]) -> Tensor:
         """Which elements of a row of that shape (without the batch axis) are chosen: (E,) bool. InputError if none."""
         if len(self.index) > len(shape):
@@ -118,6 +115,12 @@ def units(shape: Sequence[int], unit: str = "channel", heads: int | None = None)
     every number. "cell": a place (H, W) of an image, all channels. "token": a place of (T, D). "head": `heads`
     equal parts of the last axis. InputError where the shape has no such units.
     """
+    labels, name = labels_of(shape, unit, heads)
+    return from_labels(labels, [f"{name} {u}" for u in range(int(labels.max()) + 1)])
+
+
+def labels_of(shape: Sequence[int], unit: str, heads: int | None) -> tuple[Tensor, str]:
+    """The unit (E,) of each element, int32, as `units` describes them, and what one is called."""
     if unit not in UNITS:
         raise InputError(f"unit: {unit!r} is unknown; known: {', '.join(UNITS)}")
     size = math.prod(shape)
@@ -137,8 +140,7 @@ def units(shape: Sequence[int], unit: str = "channel", heads: int | None = None)
     else:
         given = f"; heads={heads}" if unit == "head" else ""
         raise InputError(f"unit: rows of shape {tuple(shape)} have no {unit}s{given}")
-    labels = labels.reshape(-1)
-    return from_labels(labels, [f"{name} {u}" for u in range(int(labels.max()) + 1)])
+    return labels.reshape(-1).int(), name
 
 
 def channel_axis(labels: Tensor) -> int | None:

@@ -180,10 +180,10 @@ def test_mediation(benchmark, form: str) -> None:
         return M.nie_pure, M.nde_pure
 
     def hooks() -> tuple[Tensor, Tensor]:
-        y00 = decoder(base).mean()
-        y01 = torch.stack([y.mean() for y in patched_outputs(decoder, base, source, sites)])
-        y10 = torch.stack([y.mean() for y in patched_outputs(decoder, source, base, sites)])
-        return y01 - y00, y10 - y00
+        y00 = decoder(base)  # differences before means, which would round them away
+        nie = torch.stack([(y - y00).mean() for y in patched_outputs(decoder, base, source, sites)])
+        nde = torch.stack([(y - y00).mean() for y in patched_outputs(decoder, source, base, sites)])
+        return nie, nde
 
     call = ours if form == "ours" else hooks
     for got, expected in zip(call(), ours(), strict=True):

@@ -15,7 +15,7 @@ from .image_model import ImageModel
 from .likelihoods import kl_divergence
 from .vae import VAE
 
-__all__ = ["VAE", "BetaVAE", "ImageModel", "build", "kl_divergence", "load", "names", "save"]
+__all__ = ["VAE", "BetaVAE", "ImageModel", "build", "kl_divergence", "load", "names", "options", "save"]
 
 _MODELS: dict[str, type[ImageModel]] = {model.name: model for model in (VAE, BetaVAE)}
 
@@ -23,6 +23,12 @@ _MODELS: dict[str, type[ImageModel]] = {model.name: model for model in (VAE, Bet
 def names() -> tuple[str, ...]:
     """The names `build` knows."""
     return tuple(_MODELS)
+
+
+def options(name: str) -> tuple[str, ...]:
+    """The options that model `name` has of its own, beside those that all have."""
+    shared = inspect.signature(VAE).parameters
+    return tuple(option for option in inspect.signature(_MODELS[name]).parameters if option not in shared)
 
 
 def build(

@@ -76,20 +76,13 @@ def run(config: Config, progress: bool = True) -> Path:
     return page
 
 
-def _work(
-    run: RunDirectory, given: Mapping[str, Any], tell: Callable[[int, int], None] | None
-) -> dict[str, Any]:
+def _work(run: RunDirectory, given: Mapping[str, Any], tell: Callable[[int, int], None] | None) -> dict[str, Any]:
     """One run, in this process or in one of its own: `tell` is then told the step and how many there are."""
     c = run.config
     ds = _loaded(c["data"], given["root"] if c["official"] else None, given["device"])
     if "contents" in c and ds.contents != c["contents"]:
         raise InputError(f"{c['data']}: the images have changed since the study began; start it again")
-    progress: Any = given["progress"]
-    if tell is not None:
-
-        def progress(step: int, terms: dict[str, float]) -> None:
-            tell(step, c["steps"])
-
+    progress = given["progress"] if tell is None else lambda step, terms: tell(step, c["steps"])
     return one_run(run, ds, torch.device(given["device"]), progress)
 
 

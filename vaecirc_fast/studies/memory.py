@@ -10,9 +10,7 @@ import torch
 from torch import nn
 
 from .. import models
-from ..data import Dataset
-from ..data.memory import available_bytes
-from ..errors import InputError
+from ..data import Dataset, memory
 
 PROCESS = 700 << 20  # bytes of a process that has imported torch, scipy and scikit-learn
 COPIES = 2.5  # of the images that a model is judged on: themselves, and what is made of them on the way
@@ -28,15 +26,17 @@ def check_memory(
     """
     if device.type != "cpu":
         return
-    needs = {tuple(sorted(_sizes(c).items(), key=str)): needed_bytes(c, sets[c["data"]]) for c in runs}
-    need, free = workers * max(needs.values()), available_bytes()
-    if need > free:
-        most = max(runs, key=lambda c: needed_bytes(c, sets[c["data"]]))
-        raise InputError(
-            f"memory: {workers} process{'es' * (workers > 1)} of runs like {most['data']}, {most['architecture']} need "
-            f"about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; lower workers, images ({most['images']:,}), "
-            f"batch_size ({most['batch_size']:,}) or width ({most['width']:g})"
-        )
+    needs = {}
+    for c in runs:
+        cell = tuple(str(value) for key, value in sorted(c.items()) if key not in ("seed", "lr", "steps"))
+        needs.setdefault(cell, (needed_bytes(c, sets[c["data"]]), c))
+    need, c = max(needs.values(), key=lambda pair: pair[0])
+    what = f"{workers} runs at a time, of the largest" if workers > 1 else "the largest run"
+    memory.check(
+        workers * need,
+        f"{what} ({c['data']}, {c['architecture']})",
+        f"lower workers, images ({c['images']:,}), batch_size ({c['batch_size']:,}) or width ({c['width']:g})",
+    )
 
 
 def needed_bytes(c: Mapping[str, Any], ds: Dataset) -> int:
@@ -68,8 +68,3 @@ def _outputs(model: models.ImageModel) -> int:
     for handle in handles:
         handle.remove()
     return sum(found)
-
-
-def _sizes(c: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's configuration decides its need."""
-    return {key: str(value) for key, value in c.items() if key not in ("seed", "lr")}

@@ -89,7 +89,9 @@ def parsed_axis(text: str, config: Config) -> Axis:
     name, separator, listed = definition.partition("=")
     values = tuple(_value(v) for v in listed.split(",") if v)
     if not separator or not values:
-        raise InputError(f"axes: expected NAME=VALUE,VALUE... such as latents=4,6,16 or beta_vae.beta=1,8, got {text!r}")
+        raise InputError(
+            f"axes: expected NAME=VALUE,VALUE... such as latents=4,6,16 or beta_vae.beta=1,8, got {text!r}"
+        )
     architecture, _, option = name.partition(".")
     if option:
         _check_option("axes", architecture, option)

@@ -106,7 +106,11 @@ def _processes(count: int, threads: int, work: Work, given: Mapping[str, Any], h
     They inherit the store's lock: should this process be killed, nobody else works here before they have ended.
     """
     said: queue.Queue = queue.Queue()
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # the work may be in a module of the caller's
+    }
     command = [sys.executable, "-m", "vaecirc_fast.sweeps.worker", f"{work.__module__}:{work.__qualname__}"]
     pool = []
     try:

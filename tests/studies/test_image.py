@@ -238,8 +238,10 @@ def test_more_seeds_keep_the_runs_that_are_done(undisturbed, tmp_path, monkeypat
 
 def arguments(out, **changes):
     """The same configuration for the command line."""
-    options = TINY | {"out": out, "architectures": "vae", **changes}
-    flags = [text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", str(value))]
+    options = TINY | {"out": out, "architectures": ["vae"], **changes}
+    flags = []
+    for key, value in options.items():
+        flags += [f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])]
     return ["study", "image", "--preset", "smoke", *flags]
 
 

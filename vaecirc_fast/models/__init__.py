@@ -10,14 +10,34 @@ import torch
 
 from .._tensor_files import read_tensors, write_tensors
 from ..errors import InputError
+from .annealed_vae import AnnealedVAE
+from .beta_tcvae import BetaTCVAE
 from .beta_vae import BetaVAE
+from .dip_vae import DIPVAEI, DIPVAEII
+from .factor_vae import FactorVAE
 from .image_model import ImageModel
 from .likelihoods import kl_divergence
 from .vae import VAE
 
-__all__ = ["VAE", "BetaVAE", "ImageModel", "build", "kl_divergence", "load", "names", "options", "save"]
+__all__ = [
+    "VAE",
+    "AnnealedVAE",
+    "BetaTCVAE",
+    "BetaVAE",
+    "DIPVAEI",
+    "DIPVAEII",
+    "FactorVAE",
+    "ImageModel",
+    "build",
+    "kl_divergence",
+    "load",
+    "names",
+    "options",
+    "save",
+]
 
-_MODELS: dict[str, type[ImageModel]] = {model.name: model for model in (VAE, BetaVAE)}
+_CLASSES: tuple[type[ImageModel], ...] = (VAE, BetaVAE, AnnealedVAE, FactorVAE, BetaTCVAE, DIPVAEI, DIPVAEII)
+_MODELS = {model.name: model for model in _CLASSES}
 
 
 def names() -> tuple[str, ...]:
@@ -43,7 +63,8 @@ def build(
     """A new model for images of `shape` (C, H, W) with `latents` latents, float32 on the CPU.
 
     `net`: "conv" or "mlp"; `likelihood`: "bernoulli" or "gaussian"; `options` are those of the class: `width`,
-    `trials` and `sigma` of all, `beta` of "beta_vae". InputError for an unknown name or option, naming the known ones.
+    `trials` and `sigma` of all, `beta` of "beta_vae" and so on. InputError for an unknown name or option, naming the
+    known ones.
     """
     if name not in _MODELS:
         raise InputError(f"name: unknown model {name!r}; known are {', '.join(_MODELS)}")

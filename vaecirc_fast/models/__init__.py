@@ -11,13 +11,15 @@ import torch
 from .._tensor_files import read_tensors, write_tensors
 from ..errors import InputError
 from .beta_vae import BetaVAE
+from .codes import Codes
 from .image_model import ImageModel
 from .likelihoods import kl_divergence
 from .vae import VAE
+from .vq_vae import VQVAE
 
-__all__ = ["VAE", "BetaVAE", "ImageModel", "build", "kl_divergence", "load", "names", "save"]
+__all__ = ["VAE", "VQVAE", "BetaVAE", "Codes", "ImageModel", "build", "kl_divergence", "load", "names", "save"]
 
-_MODELS: dict[str, type[ImageModel]] = {model.name: model for model in (VAE, BetaVAE)}
+_MODELS: dict[str, type[ImageModel]] = {model.name: model for model in (VAE, BetaVAE, VQVAE)}
 
 
 def names() -> tuple[str, ...]:
@@ -37,7 +39,8 @@ def build(
     """A new model for images of `shape` (C, H, W) with `latents` latents, float32 on the CPU.
 
     `net`: "conv" or "mlp"; `likelihood`: "bernoulli" or "gaussian"; `options` are those of the class: `width`,
-    `trials` and `sigma` of all, `beta` of "beta_vae". InputError for an unknown name or option, naming the known ones.
+    `trials` of all; `sigma` of all but "vq_vae"; `beta` of "beta_vae"; `codes`, `code_width`, `commitment`, `decay` and
+    `reseed` of "vq_vae". InputError for an unknown name or option, naming the known ones.
     """
     if name not in _MODELS:
         raise InputError(f"name: unknown model {name!r}; known are {', '.join(_MODELS)}")

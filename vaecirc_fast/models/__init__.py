@@ -13,17 +13,21 @@ from ..errors import InputError
 from .annealed_vae import AnnealedVAE
 from .beta_tcvae import BetaTCVAE
 from .beta_vae import BetaVAE
+from .codes import Codes
 from .dip_vae import DIPVAEI, DIPVAEII
 from .factor_vae import FactorVAE
 from .image_model import ImageModel
 from .likelihoods import kl_divergence
 from .vae import VAE
+from .vq_vae import VQVAE
 
 __all__ = [
     "VAE",
+    "VQVAE",
     "AnnealedVAE",
     "BetaTCVAE",
     "BetaVAE",
+    "Codes",
     "DIPVAEI",
     "DIPVAEII",
     "FactorVAE",
@@ -36,7 +40,7 @@ __all__ = [
     "save",
 ]
 
-_CLASSES: tuple[type[ImageModel], ...] = (VAE, BetaVAE, AnnealedVAE, FactorVAE, BetaTCVAE, DIPVAEI, DIPVAEII)
+_CLASSES: tuple[type[ImageModel], ...] = (VAE, BetaVAE, AnnealedVAE, FactorVAE, BetaTCVAE, DIPVAEI, DIPVAEII, VQVAE)
 _MODELS = {model.name: model for model in _CLASSES}
 
 
@@ -63,8 +67,8 @@ def build(
     """A new model for images of `shape` (C, H, W) with `latents` latents, float32 on the CPU.
 
     `net`: "conv" or "mlp"; `likelihood`: "bernoulli" or "gaussian"; `options` are those of the class: `width`,
-    `trials` and `sigma` of all, `beta` of "beta_vae" and so on. InputError for an unknown name or option, naming the
-    known ones.
+    `trials` of all; `sigma` of all but "vq_vae"; `beta` of "beta_vae" and so on. InputError for an unknown name or
+    option, naming the known ones.
     """
     if name not in _MODELS:
         raise InputError(f"name: unknown model {name!r}; known are {', '.join(_MODELS)}")

@@ -15,7 +15,12 @@ from .folder import Folder
 
 __all__ = ["Dataset", "load", "names", "takes_root"]
 
-_DATASETS: dict[str, type[Dataset]] = {"dsprites": DSprites, "digits": Digits, "folder": Folder, "faces_like": FacesLike}
+_DATASETS: dict[str, type[Dataset]] = {
+    "dsprites": DSprites,
+    "digits": Digits,
+    "folder": Folder,
+    "faces_like": FacesLike,
+}
 
 
 def names() -> tuple[str, ...]:

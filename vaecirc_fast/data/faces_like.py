@@ -26,16 +26,23 @@ _BACKGROUND = (
     (186, 112, 178),
 )
 _LIGHT = (-1.0, -0.5, 0.0, 0.5, 1.0)  # where the light comes from, left to right
-_FIXED = {"cloth": (66, 74, 98), "white": (255, 255, 255), "dark": (34, 24, 26), "iris": (86, 62, 46), "lens": (30, 32, 38)}
+_FIXED = {
+    "cloth": (66, 74, 98),
+    "white": (255, 255, 255),
+    "dark": (34, 24, 26),
+    "iris": (86, 62, 46),
+    "lens": (30, 32, 38),
+}
 
 
 class FacesLike(Dataset):
     """Portraits in colour, 64 x 64: 10,886,400 images, one for each combination of ten attributes.
 
-    A stand-in that is drawn, not CelebA: its faces are stylised, its attributes independent of each other and exact.
-    Geometry and colours: docs/definitions.md. An image is a sum of the colours of a palette, which skin tone, hair
-    colour, background and light give, with weights from three tables, which all other attributes give. All are multiples of 1/256 (1/128 where tables
-    meet), so that every sum is exact in float32 and an image has the same bits in any batch, on any device.
+    A stand-in that is drawn, not CelebA: its faces are stylised, its attributes exact and independent of each other.
+    Geometry and colours: docs/definitions.md and decision 024. An image is a sum of the colours of a palette (by
+    background, skin tone, hair colour and light) with weights from three tables (by all other attributes). Both are
+    multiples of 1/256, or 1/128 where tables meet, so that every sum is exact in float32 and an image has the same
+    bits in any batch and on any device. The tables are drawn once a process, in under a second, and take 54 MB.
     """
 
     name = "faces_like"
@@ -72,7 +79,8 @@ class FacesLike(Dataset):
             raise InputError("faces_like is drawn and takes no root; the photographs are the data set celeba")
         self._head, self._eyes, self._mouth = (t.to(self.device) for t in _tables())
         self._palettes = {
-            names: tuple(c.to(self.device) for c in _palette(names)) for names in (portrait.HEAD, portrait.EYES, portrait.MOUTH)
+            names: tuple(c.to(self.device) for c in _palette(names))
+            for names in (portrait.HEAD, portrait.EYES, portrait.MOUTH)
         }
 
     def _render(self, indices: Tensor) -> Tensor:
@@ -109,7 +117,7 @@ def _tables() -> tuple[Tensor, ...]:
 
 @functools.cache
 def _palette(names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """The colours of a table as a sum of three: by skin tone and light (S, L, 3, J), by hair colour and light, by hue."""
+    """The colours of a table as a sum: by skin tone and light (S, L, 3, J), by hair colour and light, by background."""
     light = torch.tensor(_LIGHT)[:, None]
     away = {"left": light.clamp(min=0), "right": (-light).clamp(min=0)}  # these sides lie in the dark
     skin, hair = torch.tensor(_SKIN)[:, None] / 255, torch.tensor(_HAIR)[:, None] / 255

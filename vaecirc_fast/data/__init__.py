@@ -10,11 +10,17 @@ from ..errors import InputError
 from .dataset import Dataset
 from .digits import Digits
 from .dsprites import DSprites
+from .faces_like import FacesLike
 from .folder import Folder
 
 __all__ = ["Dataset", "load", "names", "takes_root"]
 
-_DATASETS: dict[str, type[Dataset]] = {"dsprites": DSprites, "digits": Digits, "folder": Folder}
+_DATASETS: dict[str, type[Dataset]] = {
+    "dsprites": DSprites,
+    "digits": Digits,
+    "folder": Folder,
+    "faces_like": FacesLike,
+}
 
 
 def names() -> tuple[str, ...]:

@@ -11,10 +11,18 @@ from .dataset import Dataset
 from .digits import Digits
 from .dsprites import DSprites
 from .folder import Folder
+from .mpi3d import MPI3D
+from .smallnorb import SmallNORB
 
 __all__ = ["Dataset", "load", "names", "takes_root"]
 
-_DATASETS: dict[str, type[Dataset]] = {"dsprites": DSprites, "digits": Digits, "folder": Folder}
+_DATASETS: dict[str, type[Dataset]] = {
+    "dsprites": DSprites,
+    "mpi3d": MPI3D,
+    "smallnorb": SmallNORB,
+    "digits": Digits,
+    "folder": Folder,
+}
 
 
 def names() -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -72,7 +72,7 @@ def mapped(archive: zipfile.ZipFile, path: Path, key: str, dtype: np.dtype, shap
         return np.memmap(path, dtype, "r", file.tell(), shape)
 
 
-def _check_header(stream: BinaryIO, key: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+def _check_header(stream: IO[bytes], key: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
     """Leaves the stream at the first number."""
     version = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

@@ -6,7 +6,7 @@ import gzip
 import math
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import torch
@@ -40,9 +40,9 @@ class SmallNORB(Dataset):
     to 64 pixels a side by Pillow's Lanczos filter, as the disentanglement literature does (Locatello et al. 2019);
     199 MB on `device`.
 
-    Its four factors are category, elevation, azimuth and lighting. The instance is none of them, by the same literature:
-    instance 3 of the cars has nothing in common with instance 3 of the animals, so as a factor it could not be
-    disentangled, and figures could not be compared. Each combination of factors has thus 10 images (`complete` is
+    Its four factors are category, elevation, azimuth and lighting. The instance is none of them, by the same
+    literature: instance 3 of the cars has nothing in common with instance 3 of the animals, so as a factor it could not
+    be disentangled, and figures could not be compared. Each combination of factors has thus 10 images (`complete` is
     false, `index_of` is refused), and `sample` draws the instance at random. Images are in the order of the factors,
     then the instance, which varies fastest, whatever the order of the files.
 
@@ -62,8 +62,8 @@ class SmallNORB(Dataset):
         super().__init__(device)
         if root is None:
             raise InputError(
-                f"smallnorb: needs root, the directory of {_file(next(iter(self.parts)), 'dat')} and its five siblings; "
-                f"{_WHERE}; norb_like is drawn and needs no file"
+                f"smallnorb: needs root, the directory of {_file(next(iter(self.parts)), 'dat')} and its five "
+                f"siblings; {_WHERE}; norb_like is drawn and needs no file"
             )
         root = Path(root)
         if not root.is_dir():
@@ -124,7 +124,7 @@ class SmallNORB(Dataset):
                 f"root: {root / names[0]} and {names[1]} have the labels of row {row} more than once "
                 f"(category {category[row]}, instance, elevation, azimuth, lighting {info[row].tolist()})"
             )
-        return index
+        return np.asarray(index)
 
     def _read_images(self, root: Path, part: str, images: np.ndarray, index: np.ndarray) -> None:
         from PIL import Image
@@ -151,7 +151,7 @@ class _Matrix:
         lengths = (*shape, *[1] * (3 - len(shape)))
         self.header = np.array([magic, len(shape), *lengths], "<i4").tobytes()
         self.size = len(self.header) + math.prod(shape) * (4 if magic == _INTEGERS else 1)
-        self.stream: BinaryIO
+        self.stream: IO[bytes]
 
     def __enter__(self) -> _Matrix:
         if not self.path.is_file():
@@ -162,7 +162,7 @@ class _Matrix:
         try:
             size = self.path.stat().st_size
             packed = self.path.suffix == ".gz"
-            self.stream = gzip.open(self.path) if packed else self.path.open("rb")  # type: ignore[assignment]
+            self.stream = gzip.open(self.path) if packed else self.path.open("rb")
         except OSError as error:
             raise self._wrong(str(error)) from error
         try:

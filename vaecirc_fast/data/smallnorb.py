@@ -151,7 +151,7 @@ class _Matrix:
         lengths = (*shape, *[1] * (3 - len(shape)))
         self.header = np.array([magic, len(shape), *lengths], "<i4").tobytes()
         self.size = len(self.header) + math.prod(shape) * (4 if magic == _INTEGERS else 1)
-        self.stream: IO[bytes]
+        self.stream: IO[bytes] | gzip.GzipFile
 
     def __enter__(self) -> _Matrix:
         if not self.path.is_file():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _registry
+from .. import _native, _registry
 from ..errors import InputError
 from ..reference import render_scene as reference
 from ._library import LIBRARY, is_traced
@@ -187,14 +187,30 @@ def _load_reference():
     return {"render_scene": reference.forward}
 
 
+def _cpp(*arguments: Any) -> Tensor:
+    *scene, (height, width), samples = arguments
+    scene = [x.contiguous() for x in scene]
+    (n, solids), channels = scene[0].shape, scene[3].shape[2]
+    out = torch.empty(n, channels, height, width, dtype=torch.float32, device="cpu")
+    sizes = (n, solids, channels, height, width, samples)
+    # A ray takes as long as some ten additions.
+    threads = _native.threads(16 * out.numel())
+    _native.cpp().render_scene([x.data_ptr() for x in scene], sizes, out.data_ptr(), threads)
+    return out
+
+
+def _load_cpp():
+    return {"render_scene": _cpp}
+
+
 _FLOATS = (torch.float32, torch.float64)
 ROW = _registry.Row(
     "render_scene",
     cells={
         "reference": _registry.Kernel(_load_reference, ("cpu", "cuda"), _FLOATS, _registry.always),
-        "cpp": _registry.Absent("is not written yet"),
+        "cpp": _registry.Kernel(_load_cpp, ("cpu",), _FLOATS[:1], _registry.cpp_reason),
         "triton": _registry.Absent("is not written yet"),
         "cuda": _registry.Absent("is not written: threads exchange nothing, which Triton expresses fully"),
     },
-    order={"cpu": ("reference",), "cuda": ("reference",)},
+    order={"cpu": ("cpp", "reference"), "cuda": ("reference",)},
 )

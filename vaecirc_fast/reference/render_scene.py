@@ -38,7 +38,7 @@ def forward(
         some = slice(b, b + step)
         solids = [x[some] for x in (kind, pose, shape, colour)]
         pixels = _render(*solids, camera[some], light[some], background[some], u.flatten(), v.flatten())
-        out[some] = pixels.unflatten(2, (samples * samples, *size)).mean(2)
+        out[some] = pixels.unflatten(2, (samples * samples, *size)).mean(2).clamp(0, 1)  # rounding may leave it
     return out
 
 

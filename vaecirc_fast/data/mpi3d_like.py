@@ -41,7 +41,8 @@ CAMERAS = (46.0, 27.0, 9.0)  # degrees above the table: top, centre, bottom
 TURN = 70.0  # degrees the arm turns to either side of straight at the camera
 SHOULDER = 0.50  # its height
 UPPER, FORE = 0.90, 0.78  # lengths of the two links
-UPPER_PITCH, FORE_PITCH = (35.0, 88.0), (-28.0, 42.0)  # degrees above the horizontal at the least and greatest lift
+# Each joint rises in equal steps: sines of the links' pitch at the least and the greatest lift.
+UPPER_RISE, FORE_RISE = (0.50, 0.97), (-0.50, 0.95)
 _LINK, _JOINT, _BASE, _TABLE = (0.17, 0.17, 0.19), (0.66, 0.66, 0.70), (0.34, 0.34, 0.37), (0.27, 0.27, 0.29)
 _FIXED = 3  # solids that do not move: rim, table, base
 
@@ -122,7 +123,7 @@ def _tables(device: torch.device) -> dict[str, Tensor]:
         "fixed": _furniture(),
         "tapers": tapers,
         "colours": colours,
-        "cameras": look_at(target + 7.5 * away, target.expand(3, 3), math.radians(17.8)),
+        "cameras": look_at(target + 7.5 * away, target.expand(3, 3), math.radians(18.5)),
         "light": torch.tensor([-0.45, -0.75, 1.0, 0.42], dtype=torch.float64, device="cpu"),
         "backgrounds": torch.stack([0.22 * walls, 0.45 * walls], 1),
     }
@@ -141,7 +142,7 @@ def _arm(turn: Tensor, lift: Tensor) -> tuple[Tensor, Tensor]:
     forearm ends (40, 40, 3)."""
     turn, lift = torch.broadcast_tensors(turn, lift)
     about_z = about(2, turn)
-    pitches = [math.radians(a) + lift * math.radians(b - a) for a, b in (UPPER_PITCH, FORE_PITCH)]
+    pitches = [torch.asin(a + lift * (b - a)) for a, b in (UPPER_RISE, FORE_RISE)]
     # In the arm's own plane: x across, y away from where it points, z up. A link's y runs against its direction.
     tilts = [about_z @ about(0, -pitch) for pitch in pitches]
     along = [-tilt[..., 1] for tilt in tilts]

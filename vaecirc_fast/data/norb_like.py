@@ -21,20 +21,21 @@ ELEVATIONS = tuple(range(30, 71, 5))  # degrees of the camera above the ground
 AZIMUTHS = tuple(range(0, 360, 20))  # degrees by which the camera stands to the left of where the toy looks
 # The light's direction, in degrees to the left of the camera and above the ground, and the ambient share.
 LIGHTINGS = ((65, 50, 0.45), (-65, 50, 0.45), (10, 35, 0.35), (170, 45, 0.40), (0, 85, 0.55), (-30, 30, 0.15))
-TOY, GROUND = 0.78, 0.66  # grey values under full light
-_DISTANCE, _HALF_ANGLE = 6.0, math.radians(11.5)
+TOY, DARK, GROUND = 0.92, 0.38, 0.60  # grey values under full light; tyres, windows and the like are dark
+_HALF_ANGLE = math.radians(11.5)
 
-Part = tuple[int, float, tuple[float, float, float], Tensor]
+Point = tuple[float, float, float]
+Part = tuple[int, float, Point, Tensor, float]  # kind, shape, centre, axes (columns), grey value
 
 
 class NORBLike(Dataset):
     """4,860 drawn grey images of five toys with SmallNORB's factors, sizes and order; not SmallNORB, no pixel is its.
 
     One toy for each category (four-legged animal, human figure, airplane, truck, car), built of ellipsoids, boxes,
-    cylinders and the like, all of one grey, on even ground with a soft shadow. With one instance each the factors
-    determine the image, so unlike SmallNORB the grid is complete; nothing can be learnt about new instances. The lights
-    stand still relative to the camera, as if the toy turned. `vf.ops.render_scene` draws the images on `device`, 2 x 2
-    rays a pixel. It takes no root: the official files are read by "smallnorb".
+    cylinders and the like in two greys, on even ground with a soft shadow, about as large as the frame. With one
+    instance each the factors determine the image, so unlike SmallNORB the grid is complete; nothing can be learnt about
+    new instances. The lights stand still relative to the camera, as if the toy turned. `vf.ops.render_scene` draws the
+    images on `device`, 2 x 2 rays a pixel. It takes no root: the official files are read by "smallnorb".
     """
 
     name = "norb_like"
@@ -61,8 +62,8 @@ def scene(v: Tensor) -> tuple[Tensor, ...]:
         t["kinds"][category],
         torch.cat([ground[:, None], t["poses"][category]], 1),
         t["shapes"][category],
-        t["colours"].expand(len(v), -1, -1),
-        t["cameras"][elevation, azimuth],
+        t["colours"][category],
+        t["cameras"][category, elevation, azimuth],
         t["lights"][azimuth, lighting],
         t["background"].expand(len(v), -1, -1),
     )
@@ -76,22 +77,24 @@ def _tables(device: torch.device) -> dict[str, Tensor]:
     kinds = torch.full((len(toys), 1 + most), ABSENT, device="cpu")
     shapes = torch.zeros(len(toys), 1 + most, dtype=torch.float64, device="cpu")
     poses = torch.eye(3, 4, dtype=torch.float64, device="cpu").repeat(len(toys), most, 1, 1)
+    greys = torch.full((len(toys), 1 + most, 1), GROUND, dtype=torch.float64, device="cpu")
     kinds[:, 0], shapes[:, 0] = PLANE, 0.6
     for n, toy in enumerate(toys):
-        for p, (kind, shape, centre, axes) in enumerate(toy):
-            kinds[n, 1 + p], shapes[n, 1 + p] = kind, shape
+        for p, (kind, shape, centre, axes, grey) in enumerate(toy):
+            kinds[n, 1 + p], shapes[n, 1 + p], greys[n, 1 + p] = kind, shape, grey
             poses[n, p] = _inverse(axes, torch.tensor(centre, dtype=torch.float64, device="cpu"))
     azimuth = torch.tensor(AZIMUTHS, dtype=torch.float64, device="cpu").deg2rad()
     elevation = torch.tensor(ELEVATIONS, dtype=torch.float64, device="cpu").deg2rad()
     beside, above, ambient = torch.tensor(LIGHTINGS, dtype=torch.float64, device="cpu").unbind(1)
     lights = _direction(azimuth[:, None] + beside.deg2rad(), above.deg2rad())  # (18, 6, 3)
-    target = torch.tensor([0.0, 0.0, 0.42], dtype=torch.float64, device="cpu")
-    places = target + _DISTANCE * _direction(azimuth, elevation[:, None])  # (9, 18, 3)
+    target = torch.tensor(CENTRES, dtype=torch.float64, device="cpu")[:, None, None]
+    distance = torch.tensor(DISTANCES, dtype=torch.float64, device="cpu")[:, None, None, None]
+    places = target + distance * _direction(azimuth, elevation[:, None])  # (5, 9, 18, 3)
     tables = {
         "shapes": shapes,
         "poses": poses,
         "ground": _shadows(lights),
-        "colours": torch.tensor([GROUND] + [TOY] * most, dtype=torch.float64, device="cpu")[:, None],
+        "colours": greys,
         "cameras": look_at(places, target.expand_as(places), _HALF_ANGLE),
         "lights": torch.cat([lights, ambient[None, :, None].expand(len(azimuth), -1, 1)], 2),
         "background": torch.full((2, 1), GROUND, dtype=torch.float64, device="cpu"),
@@ -125,47 +128,44 @@ def _turned(degrees: float, axis: int) -> Tensor:
 
 
 def _part(
-    kind: int,
-    centre: tuple[float, float, float],
-    size: tuple[float, float, float],
-    turn: Tensor | None = None,
-    shape: float = 0.0,
+    kind: int, centre: Point, size: Point, turn: Tensor | None = None, shape: float = 0.0, grey: float = TOY
 ) -> Part:
     """A solid of half lengths `size` before it is turned. Of a prism of four sides those are of its larger base."""
     axes = torch.diag(torch.tensor(size, dtype=torch.float64, device="cpu"))
     if kind == PRISM + 4:
         axes = axes @ _turned(45, 2) * torch.tensor([2**0.5, 2**0.5, 1], dtype=torch.float64, device="cpu")
-    return kind, shape, centre, axes if turn is None else turn @ axes
+    return kind, shape, centre, axes if turn is None else turn @ axes, grey
 
 
-def _rod(a: tuple[float, float, float], b: tuple[float, float, float], radius: float, taper: float = -1) -> Part:
+def _rod(a: Point, b: Point, radius: float, taper: float | None = None, grey: float = TOY) -> Part:
     """From a to b: round at the ends, or with a taper a cone that at b has that share of the radius it has at a."""
     start, end = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (a, b))
-    half, centre = (end - start) / 2, ((start + end) / 2).tolist()
+    half, (x, y, z) = (end - start) / 2, ((start + end) / 2).tolist()
     length = float(half.norm())
-    z = half / length
-    other = torch.tensor([0.0, 1, 0] if abs(z[1]) < 0.9 else [1.0, 0, 0], dtype=torch.float64, device="cpu")
-    x = torch.nn.functional.normalize(torch.linalg.cross(other, z), dim=0)
-    axes = torch.stack([x, torch.linalg.cross(z, x), z], 1)
-    if taper < 0:
-        return CAPSULE, length / radius, tuple(centre), axes * radius
-    return CONE, taper, tuple(centre), axes * torch.tensor([radius, radius, length], dtype=torch.float64, device="cpu")
+    along = half / length
+    other = torch.eye(3, dtype=torch.float64, device="cpu")[int(along.abs().argmin())]
+    across = torch.nn.functional.normalize(torch.linalg.cross(other, along), dim=0)
+    axes = torch.stack([across, torch.linalg.cross(along, across), along], 1)
+    if taper is None:
+        return CAPSULE, length / radius, (x, y, z), axes * radius, grey
+    size = torch.tensor([radius, radius, length], dtype=torch.float64, device="cpu")
+    return CONE, taper, (x, y, z), axes * size, grey
 
 
 def _wheel(x: float, y: float, radius: float, half_width: float) -> Part:
-    return _rod((x, y - half_width, radius), (x, y + half_width, radius), radius, 1.0)
+    return _rod((x, y - half_width, radius), (x, y + half_width, radius), radius, 1.0, DARK)
 
 
 def _animal() -> list[Part]:
     """A horse or a cow: its head and neck ahead, its tail behind."""
     legs = [_rod((x, y, 0.5), (1.06 * x, y, 0), 0.105, 0.7) for x in (-0.42, 0.42) for y in (-0.15, 0.15)]
+    ears = [_part(CONE, (0.66, y, 1.18), (0.05, 0.05, 0.11), grey=DARK) for y in (-0.09, 0.09)]
     return [
         _part(ELLIPSOID, (0, 0, 0.60), (0.66, 0.25, 0.26)),
         _rod((0.45, 0, 0.68), (0.70, 0, 1.00), 0.15),
         _part(ELLIPSOID, (0.84, 0, 1.02), (0.25, 0.13, 0.13), _turned(25, 1)),
-        _part(CONE, (0.66, 0.09, 1.18), (0.05, 0.05, 0.11)),
-        _part(CONE, (0.66, -0.09, 1.18), (0.05, 0.05, 0.11)),
-        _rod((-0.62, 0, 0.70), (-0.80, 0, 0.38), 0.05),
+        _rod((-0.62, 0, 0.70), (-0.80, 0, 0.38), 0.05, grey=DARK),
+        *ears,
         *legs,
     ]
 
@@ -175,26 +175,27 @@ def _human() -> list[Part]:
     return [
         _part(PRISM + 4, (0, 0, 0.86), (0.17, 0.27, 0.25), _turned(180, 0), 0.72),
         _part(ELLIPSOID, (0.02, 0, 1.26), (0.14, 0.13, 0.16)),
-        _part(CONE, (0.02, 0, 1.34), (0.22, 0.22, 0.02), shape=1.0),
-        _part(CONE, (0.02, 0, 1.43), (0.13, 0.13, 0.09), shape=0.8),
+        _part(CONE, (0.02, 0, 1.34), (0.22, 0.22, 0.02), shape=1.0, grey=DARK),
+        _part(CONE, (0.02, 0, 1.43), (0.13, 0.13, 0.09), shape=0.8, grey=DARK),
         _rod((0.0, 0.12, 0.62), (0.20, 0.14, 0.08), 0.095),
         _rod((0.0, -0.12, 0.62), (-0.20, -0.14, 0.08), 0.095),
-        _part(BOX, (0.27, 0.14, 0.045), (0.16, 0.08, 0.045)),
-        _part(BOX, (-0.13, -0.14, 0.045), (0.16, 0.08, 0.045)),
+        _part(BOX, (0.27, 0.14, 0.045), (0.16, 0.08, 0.045), grey=DARK),
+        _part(BOX, (-0.13, -0.14, 0.045), (0.16, 0.08, 0.045), grey=DARK),
         _rod((0.0, 0.29, 1.04), (0.50, 0.33, 1.08), 0.07),
         _rod((0.0, -0.29, 1.04), (-0.10, -0.38, 0.58), 0.07),
     ]
 
 
 def _airplane() -> list[Part]:
+    """Straight wings and tail, a little swept, an engine under each wing."""
     wings = [_part(BOX, (-0.06, y, 0.42), (0.19, 0.50, 0.03), _turned(math.copysign(14, y), 2)) for y in (-0.50, 0.50)]
     tails = [_part(BOX, (-0.86, y, 0.48), (0.11, 0.20, 0.025), _turned(math.copysign(14, y), 2)) for y in (-0.20, 0.20)]
-    engines = [_rod((-0.05, y, 0.32), (0.25, y, 0.32), 0.085, 0.9) for y in (-0.45, 0.45)]
+    engines = [_rod((-0.05, y, 0.32), (0.25, y, 0.32), 0.085, 0.9, DARK) for y in (-0.45, 0.45)]
     return [
         _rod((-0.45, 0, 0.44), (0.78, 0, 0.44), 0.15),
         _rod((-0.45, 0, 0.44), (-1.05, 0, 0.50), 0.15, 0.25),
         _part(BOX, (-0.92, 0, 0.70), (0.12, 0.025, 0.20), _turned(-25, 1)),
-        _part(ELLIPSOID, (0.55, 0, 0.56), (0.20, 0.09, 0.09)),
+        _part(ELLIPSOID, (0.55, 0, 0.56), (0.20, 0.09, 0.09), grey=DARK),
         *wings,
         *tails,
         *engines,
@@ -202,27 +203,32 @@ def _airplane() -> list[Part]:
 
 
 def _truck() -> list[Part]:
-    wheels = [_wheel(x, y, 0.17, 0.07) for x in (-0.62, -0.20, 0.66) for y in (-0.30, 0.30)]
+    """A box on three axles, a cab with a bonnet."""
+    wheels = [_wheel(x, y, 0.17, 0.07) for x in (-0.62, -0.20, 0.66) for y in (-0.31, 0.31)]
     return [
-        _part(BOX, (0, 0, 0.25), (1.0, 0.30, 0.06)),
+        _part(BOX, (0, 0, 0.25), (1.0, 0.30, 0.06), grey=DARK),
         _part(BOX, (-0.32, 0, 0.69), (0.66, 0.37, 0.38)),
         _part(BOX, (0.62, 0, 0.56), (0.20, 0.33, 0.27)),
+        _part(BOX, (0.66, 0, 0.68), (0.17, 0.335, 0.09), grey=DARK),
         _part(BOX, (0.88, 0, 0.42), (0.14, 0.30, 0.14)),
         *wheels,
     ]
 
 
 def _car() -> list[Part]:
+    """A saloon whose cabin sits behind its middle, with a spoiler."""
     wheels = [_wheel(x, y, 0.17, 0.07) for x in (-0.55, 0.55) for y in (-0.36, 0.36)]
     return [
-        _part(BOX, (0, 0, 0.27), (0.92, 0.38, 0.12)),
-        _part(PRISM + 4, (-0.16, 0, 0.51), (0.52, 0.35, 0.14), shape=0.62),
+        _part(BOX, (-0.02, 0, 0.28), (0.92, 0.38, 0.11)),
+        _part(PRISM + 4, (-0.16, 0, 0.51), (0.52, 0.35, 0.14), shape=0.62, grey=DARK),
+        _part(BOX, (-0.16, 0, 0.66), (0.34, 0.23, 0.02)),
         _part(BOX, (-0.84, 0, 0.52), (0.08, 0.36, 0.02)),
         _part(BOX, (-0.86, 0, 0.44), (0.03, 0.05, 0.07)),
-        _part(ELLIPSOID, (0.62, 0, 0.37), (0.26, 0.24, 0.06)),
         *wheels,
     ]
 
 
 TOYS = dict(zip(CATEGORIES, (_animal, _human, _airplane, _truck, _car), strict=True))
 SHADOWS = ((0.95, 0.55), (0.55, 0.60), (1.15, 1.0), (1.25, 0.65), (1.15, 0.65))  # radii along and across each toy
+CENTRES = ((0.1, 0.0, 0.58), (0.08, 0.0, 0.70), (-0.1, 0.0, 0.44), (0.0, 0.0, 0.50), (0.0, 0.0, 0.36))  # looked at
+DISTANCES = (5.8, 5.2, 6.0, 6.4, 5.9)  # of the camera

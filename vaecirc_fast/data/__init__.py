@@ -12,14 +12,22 @@ from .digits import Digits
 from .dsprites import DSprites
 from .faces_like import FacesLike
 from .folder import Folder
+from .mpi3d import MPI3D
+from .mpi3d_like import MPI3DLike
+from .norb_like import NORBLike
+from .smallnorb import SmallNORB
 
 __all__ = ["Dataset", "load", "names", "takes_root"]
 
 _DATASETS: dict[str, type[Dataset]] = {
     "dsprites": DSprites,
+    "mpi3d": MPI3D,
+    "mpi3d_like": MPI3DLike,
+    "smallnorb": SmallNORB,
+    "norb_like": NORBLike,
+    "faces_like": FacesLike,
     "digits": Digits,
     "folder": Folder,
-    "faces_like": FacesLike,
 }
 
 

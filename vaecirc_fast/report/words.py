@@ -38,7 +38,14 @@ METRICS = {
     "mean_pairwise_mi": "Mean pairwise MI",
 }
 _MODELS = {"vae": "VAE", "beta_vae": "β-VAE"}
-_DATA = {"dsprites": "dSprites", "digits": "Digits"}
+_DATA = {
+    "dsprites": "dSprites",
+    "digits": "Digits",
+    "mpi3d": "MPI3D",
+    "mpi3d_like": "MPI3D-like",
+    "smallnorb": "SmallNORB",
+    "norb_like": "NORB-like",
+}
 _LETTERS = {"beta": "β", "gamma": "γ", "lambda": "λ"}
 
 

@@ -11,10 +11,16 @@ from .dataset import Dataset
 from .digits import Digits
 from .dsprites import DSprites
 from .folder import Folder
+from .shapes3d_like import Shapes3DLike
 
 __all__ = ["Dataset", "load", "names", "takes_root"]
 
-_DATASETS: dict[str, type[Dataset]] = {"dsprites": DSprites, "digits": Digits, "folder": Folder}
+_DATASETS: dict[str, type[Dataset]] = {
+    "dsprites": DSprites,
+    "digits": Digits,
+    "folder": Folder,
+    "shapes3d_like": Shapes3DLike,
+}
 
 
 def names() -> tuple[str, ...]:

@@ -35,7 +35,7 @@ def pose(centre: Tensor, size: Tensor, turn: Tensor | None = None) -> Tensor:
 
 
 def about(axis: int, angle: Tensor) -> Tensor:
-    """Rotations (..., 3, 3) by `angle` (...) in radians about the axis 0 (x), 1 (y) or 2 (z), by the right-hand rule."""
+    """Rotations (..., 3, 3) by `angle` (...) in radians about the axis 0 (x), 1 (y) or 2 (z), right-handed."""
     cos, sin = angle.cos(), angle.sin()
     first, second = (axis + 1) % 3, (axis + 2) % 3
     turn = angle.new_zeros(*angle.shape, 3, 3)

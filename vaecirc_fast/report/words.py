@@ -41,6 +41,11 @@ _MODELS = {"vae": "VAE", "beta_vae": "β-VAE"}
 _DATA = {
     "dsprites": "dSprites",
     "digits": "Digits",
+    "shapes3d": "3D Shapes",
+    "shapes3d_like": "3D-Shapes-like",
+    "celeba": "CelebA",
+    "faces_like": "Faces-like",
+    "scm_sprites": "SCM sprites",
     "mpi3d": "MPI3D",
     "mpi3d_like": "MPI3D-like",
     "smallnorb": "SmallNORB",

@@ -75,7 +75,8 @@ def find_circuits(
     model: Any, untrained: Any, ds: Dataset, *, pairs: int, units: int, active: list[int], seed: int
 ) -> Circuits:
     """Patch every unit of `patched_sites`, mediate through each of the `active` latents (all if there are none), and
-    draw up the circuit graph of the model and of its untrained twin, with `units` units a layer.
+    draw up the circuit graph of the model and of its untrained twin, with `units` units a layer. untrained: the twin,
+    its graph if that is known, or None.
 
     As in `manipulate` each factor of an image is redrawn alone, or each quadrant masked. `pairs` pairs of a change are
     patched; mediation is measured on `pairs` others, so that the unit chosen by the first is judged on the second.
@@ -93,7 +94,10 @@ def find_circuits(
     times.append(time.perf_counter())
     graphs = []
     for m in (subject, untrained):
-        graphs.append(Graph.missing(pairs) if m is None else circuit_graph_of(m, ds, pairs=pairs, units=units, seed=seed))
+        found = Graph.missing(pairs) if m is None else m
+        graphs.append(
+            found if isinstance(found, Graph) else circuit_graph_of(found, ds, pairs=pairs, units=units, seed=seed)
+        )
         times.append(time.perf_counter())
     first = next(iter(patched.values()))
     tensors = {}

@@ -167,7 +167,8 @@ def encoded(subject: Subject, x: Tensor) -> Coded:
         indices, z_e, z_q = (torch.cat([getattr(p, k) for p in parts]) for k in ("indices", "z_e", "z_q"))
         if not bool(z_e.isfinite().all()):
             raise InputError("model: encode gave NaN or infinity")
-        numbers, share = slot_numbers(z_q)
+        assert subject.codebook is not None
+        numbers, share = slot_numbers(indices, subject.codebook)
         return Coded(numbers, None, indices, z_e, z_q, share)
     mu = torch.cat([p[0] for p in parts])
     logvar = None if parts[0][1] is None else torch.cat([p[1] for p in parts])
@@ -176,25 +177,31 @@ def encoded(subject: Subject, x: Tensor) -> Coded:
     return Coded(mu, logvar)
 
 
-def slot_numbers(z_q: Tensor) -> tuple[Tensor, Tensor]:
-    """One number a slot and image, and the share of the slot's variance that it has: z_q (N, D, L) -> (N, L), (L,).
+def slot_numbers(indices: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """One number a slot and image, and the share of the slot's variance that it has: indices (N, L) of a codebook
+    (K, D) -> (N, L) float32, (L,) float64.
 
-    It is the first principal component of the slot's z_q over the images, centred; of its loadings the largest in size
-    is positive (of equals the first), so that it does not depend on the solver. A slot that is constant has numbers 0
-    and share 1.
+    It is the first principal component of the slot's codes over the images, centred; of its loadings the largest in
+    size is positive (of equals the first), so that it does not depend on the solver. A slot of one code has numbers 0
+    and share 1. Which row of the codebook a code is does not matter.
     """
-    z = z_q.double() - z_q.double().mean(0)
-    covariance = torch.einsum("ndl,nel->lde", z, z) / len(z)
-    values, vectors = torch.linalg.eigh(covariance)
-    first = vectors[..., -1]  # (L, D)
-    largest = first.gather(1, first.abs().argmax(1, keepdim=True))
-    first = first * largest.sign()
-    total = values.clamp(min=0).sum(1)
-    # rounding alone gives a constant slot a direction
-    varies = (z_q != z_q[:1]).flatten(1, 1).any(0).any(0)
-    numbers = torch.einsum("ndl,ld->nl", z, first) * varies
-    share = torch.where(varies & (total > 0), values[:, -1] / torch.where(total > 0, total, 1), 1.0)
-    return numbers.float(), share
+    book = codebook.double()
+    numbers = torch.zeros(indices.shape, dtype=torch.float64, device=indices.device)
+    shares = torch.ones(indices.shape[1], dtype=torch.float64)
+    for p, used in enumerate(indices.T):
+        weight = torch.bincount(used, minlength=len(book)).double() / len(used)
+        some = weight > 0
+        vectors = book[some] - weight[some] @ book[some]
+        values, axes = torch.linalg.eigh((vectors * weight[some][:, None]).T @ vectors)
+        total = float(values.clamp(min=0).sum())
+        if int(some.sum()) < 2 or total <= 0:  # rounding alone gives a constant slot a direction
+            continue
+        first = axes[:, -1]
+        first = first * first[first.abs().argmax()].sign()
+        line = torch.zeros(len(book), dtype=torch.float64, device=book.device)
+        line[some] = vectors @ first
+        numbers[:, p], shares[p] = line[used], float(values[-1]) / total
+    return numbers.float(), shares
 
 
 def decoded(subject: Subject, coded: Coded, rows: slice) -> Tensor:

@@ -7,19 +7,23 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
+from .celeba import CelebA
 from .dataset import Dataset
 from .digits import Digits
 from .dsprites import DSprites
 from .faces_like import FacesLike
 from .folder import Folder
+from .shapes3d import Shapes3D
 
 __all__ = ["Dataset", "load", "names", "takes_root"]
 
 _DATASETS: dict[str, type[Dataset]] = {
     "dsprites": DSprites,
+    "shapes3d": Shapes3D,
+    "celeba": CelebA,
+    "faces_like": FacesLike,
     "digits": Digits,
     "folder": Folder,
-    "faces_like": FacesLike,
 }
 
 

@@ -38,7 +38,13 @@ METRICS = {
     "mean_pairwise_mi": "Mean pairwise MI",
 }
 _MODELS = {"vae": "VAE", "beta_vae": "β-VAE"}
-_DATA = {"dsprites": "dSprites", "digits": "Digits"}
+_DATA = {
+    "dsprites": "dSprites",
+    "shapes3d": "3D Shapes",
+    "celeba": "CelebA",
+    "faces_like": "Faces-like",
+    "digits": "Digits",
+}
 _LETTERS = {"beta": "β", "gamma": "γ", "lambda": "λ"}
 
 

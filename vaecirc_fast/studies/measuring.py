@@ -18,7 +18,7 @@ from . import numbers as _numbers
 from . import slots
 from .control_metrics import exchanged_specificity
 from .control_models import unit_wise_order
-from .judged import RECONSTRUCTED, judged_images
+from .judged import judged_images
 from .subjects import Coded, Subject, decoded, encoded, reconstruction_losses, subject_of
 from .sweeping import Sweeps
 

@@ -14,12 +14,14 @@ from .folder import Folder
 from .mpi3d import MPI3D
 from .mpi3d_like import MPI3DLike
 from .norb_like import NORBLike
+from .shapes3d_like import Shapes3DLike
 from .smallnorb import SmallNORB
 
 __all__ = ["Dataset", "load", "names", "takes_root"]
 
 _DATASETS: dict[str, type[Dataset]] = {
     "dsprites": DSprites,
+    "shapes3d_like": Shapes3DLike,
     "mpi3d": MPI3D,
     "mpi3d_like": MPI3DLike,
     "smallnorb": SmallNORB,

@@ -2,7 +2,8 @@
 
 A ray is position + s d with d = forward + u right + v down; s is the same number in the world and in every solid's own
 coordinates, so all is computed there. What is compared is k = 1 / s, the larger the nearer: where a ray meets a plane,
-k is an affine function of u and v, and a solid with faces needs no division at all.
+k is an affine function of u and v, and a solid with faces needs no division at all. Sums are written out: matrix
+products would add in an order that depends on the batch.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def forward(
         some = slice(b, b + step)
         solids = [x[some] for x in (kind, pose, shape, colour)]
         pixels = _render(*solids, camera[some], light[some], background[some], u.flatten(), v.flatten())
-        out[some] = pixels.unflatten(2, (samples * samples, *size)).mean(2).clamp(0, 1)  # rounding may leave it
+        rays_of_pixels = pixels.unflatten(2, (samples * samples, *size)).unbind(2)
+        out[some] = (sum(rays_of_pixels[1:], rays_of_pixels[0]) / len(rays_of_pixels)).clamp(0, 1)  # but for rounding
     return out
 
 
@@ -91,26 +93,27 @@ def _render(
 ) -> Tensor:
     """Colours (B, C, N) along the rays u, v (N,)."""
     turn, offset = pose[..., :3], pose[..., 3]
-    origin = (turn @ camera[:, None, 3, :, None])[..., 0] + offset
-    across = turn @ camera[:, None, :3].mT  # columns: right, down, forward in the solid's coordinates
+    # Right, down, forward and the position in the solids' coordinates: (B, P, 4, 3).
+    seen_from = _dot(turn[:, :, None], camera[:, None, :, None])
+    across, origin = seen_from[:, :, :3], seen_from[:, :, 3] + offset
     direction, ambient = light[:, :3], light[:, 3]
-    direction = direction / direction.norm(dim=1, keepdim=True)
-    lit = (turn @ direction[:, None, :, None])[..., 0]
-    gram = turn @ turn.mT  # n gram n is the squared length of the normal n in the world
+    direction = direction / _dot(direction, direction).sqrt()[:, None]
     nearest = pose.new_zeros(len(kind), kind.shape[1] + 1, len(u))  # of nothing, k is 0
     cosine, shadow = torch.zeros_like(nearest), torch.zeros_like(nearest)
-    screen = torch.stack([u, v, torch.ones_like(u)])
     for value in KINDS[1:]:
         b, p = (kind == value).nonzero(as_tuple=True)
         if len(b) == 0:
             continue
-        o, d = origin[b, p], across[b, p] @ screen
+        o, (right, down, forward) = origin[b, p], across[b, p, :, :, None].unbind(1)
+        d = right * u + down * v + forward
         of_kind = {ELLIPSOID: _ellipsoid, CAPSULE: _capsule}.get(value, _solid)
         k, normal = of_kind(value, shape[b, p], o, d)
-        length = ((gram[b, p] @ normal) * normal).sum(1).sqrt()
+        # The normal in the world is that of the solid times the transpose of its pose.
+        normal = _dot(turn[b, p].mT[..., None], normal[:, None], 2)
+        length = _dot(normal, normal, 1).sqrt()
         hit = (k > 0) & k.isfinite()
         nearest[b, p] = torch.where(hit, k, 0)
-        cosine[b, p] = torch.where(hit, (lit[b, p, :, None] * normal).sum(1) / length, 0).clamp(0, 1)
+        cosine[b, p] = torch.where(hit, _dot(direction[b, :, None], normal, 1) / length, 0).clamp(0, 1)
         if value == PLANE:
             x, y = (o[:, :2, None] + d[:, :2] / k[:, None]).unbind(1)
             spot = (1 - (x * x + y * y)).clamp(min=0)
@@ -125,13 +128,19 @@ def _render(
     return torch.where(none[:, None], top + (bottom - top) * ((v + 1) / 2), seen)
 
 
+def _dot(a: Tensor, b: Tensor, dim: int = -1) -> Tensor:
+    """The sum of products over a dimension of 3."""
+    (ax, ay, az), (bx, by, bz) = a.unbind(dim), b.unbind(dim)
+    return ax * bx + ay * by + az * bz
+
+
 def _solid(kind: int, shape: Tensor, o: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """Where rays o + s d (M, 3), (M, 3, N) enter solids with faces, or cones: k (M, N), and normals (M, 3, N)."""
     normals, margins = faces(kind, shape)
-    margin = margins - (normals @ o[:, :, None])[..., 0]  # >= 0: the camera is inside of this face
+    margin = margins - _dot(normals, o[:, None])  # >= 0: the camera is inside of this face
     inside = (margin >= 0)[..., None]
     tiny = torch.finfo(o.dtype).tiny
-    k = (normals @ d) / torch.where(margin >= 0, margin.clamp(min=tiny), margin)[..., None]
+    k = _dot(normals[..., None], d[:, None], 2) / torch.where(margin >= 0, margin.clamp(min=tiny), margin)[..., None]
     leaves = torch.where(inside, k, 0).amax(1).clamp(min=0)
     enters = torch.where(inside, torch.inf, k)
     face = enters.argmin(1, keepdim=True)
@@ -150,8 +159,8 @@ def _solid(kind: int, shape: Tensor, o: Tensor, d: Tensor) -> tuple[Tensor, Tens
 def _cone_side(shape: Tensor, o: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """Where rays enter and leave x^2 + y^2 <= r(z)^2 with r(z) = middle + slope z: k (M, N) of both.
 
-    inf for one that starts inside, 0 for one that never leaves; where a ray misses, it enters at 0. Seen from the apex's
-    other side, the camera is in the mirrored cone: then a ray enters where it meets the surface for the second time.
+    inf for one that starts inside, 0 for one that never leaves; where a ray misses, it enters at 0. A camera beyond the
+    apex may be in the mirrored cone: then a ray enters where it meets the surface for the second time.
     """
     slope, middle = (shape - 1) / 2, (shape + 1) / 2
     x, y, r = o[:, 0], o[:, 1], middle + slope * o[:, 2]
@@ -183,9 +192,9 @@ def _ellipsoid(kind: int, shape: Tensor, o: Tensor, d: Tensor) -> tuple[Tensor, 
 
 def _ball(o: Tensor, d: Tensor) -> Tensor:
     """Where rays enter the unit ball from outside: k (M, N), else 0; o is (M, 3, 1) or (M, 3, N)."""
-    b, c = (o * d).sum(1), (o * o).sum(1) - 1
+    b, c = _dot(o, d, 1), _dot(o, o, 1) - 1
     cross = torch.linalg.cross(o.expand_as(d), d, dim=1)
-    discriminant = (d * d).sum(1) - (cross * cross).sum(1)  # b^2 - d^2 c
+    discriminant = _dot(d, d, 1) - _dot(cross, cross, 1)  # b^2 - d^2 c
     hit = (discriminant >= 0) & (b < 0) & (c > 0)
     return torch.where(hit, (discriminant.clamp(min=0).sqrt() - b) / c, 0)
 

@@ -41,6 +41,7 @@ _MODELS = {"vae": "VAE", "beta_vae": "β-VAE"}
 _DATA = {
     "dsprites": "dSprites",
     "digits": "Digits",
+    "shapes3d_like": "Shapes3D-like",
     "mpi3d": "MPI3D",
     "mpi3d_like": "MPI3D-like",
     "smallnorb": "SmallNORB",

@@ -19,7 +19,7 @@ from .smallnorb import CATEGORIES, SmallNORB
 SIDE = 64
 ELEVATIONS = tuple(range(30, 71, 5))  # degrees of the camera above the ground
 AZIMUTHS = tuple(range(0, 360, 20))  # degrees by which the camera stands to the left of where the toy looks
-# The light's direction, in degrees to the left of the camera and above the ground, and the ambient share.
+# Where the light is, in degrees to the right of the camera as it looks and above the ground, and the ambient share.
 LIGHTINGS = ((65, 50, 0.45), (-65, 50, 0.45), (10, 35, 0.35), (170, 45, 0.40), (0, 85, 0.55), (-30, 30, 0.15))
 TOY, DARK, GROUND = 0.92, 0.38, 0.60  # grey values under full light; tyres, windows and the like are dark
 _HALF_ANGLE = math.radians(11.5)

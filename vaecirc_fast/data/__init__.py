@@ -11,10 +11,16 @@ from .dataset import Dataset
 from .digits import Digits
 from .dsprites import DSprites
 from .folder import Folder
+from .scm_sprites import SCMSprites
 
 __all__ = ["Dataset", "load", "names", "takes_root"]
 
-_DATASETS: dict[str, type[Dataset]] = {"dsprites": DSprites, "digits": Digits, "folder": Folder}
+_DATASETS: dict[str, type[Dataset]] = {
+    "dsprites": DSprites,
+    "digits": Digits,
+    "folder": Folder,
+    "scm_sprites": SCMSprites,
+}
 
 
 def names() -> tuple[str, ...]:

@@ -38,7 +38,7 @@ METRICS = {
     "mean_pairwise_mi": "Mean pairwise MI",
 }
 _MODELS = {"vae": "VAE", "beta_vae": "β-VAE"}
-_DATA = {"dsprites": "dSprites", "digits": "Digits"}
+_DATA = {"dsprites": "dSprites", "digits": "Digits", "scm_sprites": "SCM sprites"}
 _LETTERS = {"beta": "β", "gamma": "γ", "lambda": "λ"}
 
 

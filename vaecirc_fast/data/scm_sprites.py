@@ -100,7 +100,8 @@ class SCMSprites(Dataset):
             size, causes = SIZES[at], self.graph[:, at].nonzero().flatten().tolist()
             drawn = (size * noise[:, at, k]).long()
             if causes:
-                position = sum((v[:, a] + noise[:, at, a]) / SIZES[a] for a in causes) / len(causes)
+                positions = [(v[:, a] + noise[:, at, a]) / SIZES[a] for a in causes]
+                position = torch.stack(positions).mean(0)
                 follows = noise[:, at, k + 1] < self.strength
                 drawn = torch.where(follows, (size * position).long(), drawn)
             v[:, at] = held.get(NAMES[at], drawn.clamp(max=size - 1))

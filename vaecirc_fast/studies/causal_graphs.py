@@ -17,15 +17,15 @@ from ..metrics import GraphRecovery, graph_recovery, reachable
 from ..metrics.statistics import resampled_intervals, resampling_weights
 from .measuring import plain
 
-THRESHOLD = 0.2  # sd of a reading; Cohen's small effect
-PROBE_IMAGES = 2_000  # that a probe is fitted on; a quarter as many are held out
+THRESHOLD = 0.2  # sd of a factor; Cohen's small effect
+PROBE_IMAGES = 1_500  # that a probe is fitted on; a quarter as many are held out
 # Of the probe's kernel, in total variances of the codes; chosen by the error on held-out images.
 WIDTHS = (0.03, 0.1, 0.3, 1.0)
 RIDGE: Any = 1e-3
 REPLICATES = 200
 FARTHEST = 4.0  # sd that a held latent may be moved
 DEFINITIONS = {
-    "total": "change of the mean reading of factor b, in sd of that reading, from do(a := low) to do(a := high)",
+    "total": "change of the mean reading of factor b, in sd of b, from do(a := low) to do(a := high)",
     "direct": "the same with all factors but a and b held",
 }
 
@@ -33,7 +33,7 @@ DEFINITIONS = {
 @dataclass(frozen=True)
 class Effects:
     """Effects of each factor (row) on the reading of each factor (column): (K, K) float64, signed, in sd of the
-    reading; `low`, `high`: their intervals; `score`: of their sizes against the true graph (direct) or its closure
+    latter; `low`, `high`: their intervals; `score`: of their sizes against the true graph (direct) or its closure
     (total)."""
 
     effect: np.ndarray = field(repr=False)
@@ -77,7 +77,7 @@ class Recovered:
             **plain({"held": self.held}),
             "left_out": self.left_out,
             "definitions": DEFINITIONS,
-            "unit": "sd of the reading",
+            "unit": "sd of the factor",
             "seconds": self.seconds,
         }
 
@@ -87,7 +87,7 @@ def recover(
     model: Any,
     ds: Any,
     *,
-    images: int = 128,
+    images: int = 64,
     probe_images: int = PROBE_IMAGES,
     seed: int = 0,
     replicates: int = REPLICATES,
@@ -111,7 +111,8 @@ def recover(
     latents are the factors. direct: the latents of all factors but a and b are moved jointly so that their readings
     stay, as far as the matrix of total effects can say; `held` says how well they did.
 
-    Effects are in sd of a reading over undisturbed images. An edge is found above .2; scores by
+    Effects are in sd of the factor over undisturbed images: what is read poorly shows small effects. An edge is found
+    above .2; scores by
     `metrics.graph_recovery`, intervals over `images` sets of counterfactuals, of this one model and probe.
     InputError for a data set without a graph, fewer than 8 images or 100 of the probe.
     """
@@ -151,7 +152,7 @@ def recovered(trained: Any, untrained: Any, ds: Any, *, seed: int, **options: An
 
 
 class _Probe:
-    """Reads factors off codes. `sd` (K,): of the readings over undisturbed images; `codes`: of those images (N, L);
+    """Reads factors off codes. `sd` (K,): of the factors over undisturbed images; `codes`: of those images (N, L);
     `explained` (K,): R^2 on held-out ones."""
 
     def __init__(self, model: Any, ds: Any, images: int, seed: int):
@@ -163,7 +164,8 @@ class _Probe:
         codes, v = self.encoded(ds.images(rows)), ds.factors(rows).double().cpu().numpy()
         self.centre, self.size = codes.mean(0), math.sqrt(float(codes.var(0).sum())) or 1.0
         codes = self._scaled(codes)
-        targets = (v - v.mean(0)) / np.where(v.std(0) > 0, v.std(0), 1.0)
+        self.middle, self.spread = v.mean(0), np.where(v.std(0) > 0, v.std(0), 1.0)
+        targets = (v - self.middle) / self.spread
         fitted = []
         for width in WIDTHS:
             machine = KernelRidge(alpha=RIDGE, kernel="rbf", gamma=1 / (2 * width))
@@ -172,8 +174,8 @@ class _Probe:
             fitted.append((float(missed.mean()), machine, missed))
         _, self.machine, missed = min(fitted, key=lambda entry: entry[0])
         self.explained = 1 - missed / np.maximum(targets[images:].var(0), 1e-300)
-        self.codes = self.encoded(ds.sample(images, generator)[0])
-        self.sd = self(self.codes).std(0)
+        x, v = ds.sample(images, generator)
+        self.codes, self.sd = self.encoded(x), v.double().cpu().numpy().std(0)
 
     def encoded(self, x: Tensor) -> np.ndarray:
         """Codes (N, L) of images."""
@@ -183,8 +185,8 @@ class _Probe:
         return (codes - self.centre) / self.size  # one scale for all: latents that say nothing stay small
 
     def __call__(self, codes: np.ndarray) -> np.ndarray:
-        """Readings (N, K)."""
-        return self.machine.predict(self._scaled(codes))
+        """Readings (N, K), as levels of the factors."""
+        return self.middle + self.spread * self.machine.predict(self._scaled(codes))
 
     def of(self, x: Tensor) -> np.ndarray:
         """Readings (N, K) of images."""
@@ -212,7 +214,7 @@ class _Frame:
         return size // 4, 3 * size // 4
 
     def in_sd(self, change: np.ndarray) -> np.ndarray:
-        """Changes of readings (..., K) in sd; a factor that is never read otherwise does not change."""
+        """Changes of readings (..., K) in sd of the factors."""
         sd = self.probe.sd
         return np.where(sd > 1e-9, change / np.where(sd > 1e-9, sd, 1), 0.0)
 

@@ -24,6 +24,7 @@ from .claims import (
     data_sets,
     left_out,
     metric_words,
+    paired_p,
     reference,
     seeds_note,
     usable,
@@ -32,6 +33,7 @@ from .claims import (
 COMPARED = (DCI, "mig", CES, "specificity", "circuit_modularity")
 DIFFERING = (CES, "specificity", "circuit_modularity", DCI)
 DRAWS = 10_000
+NO_NULL = {("permuted", CES), ("permuted", "circuit_modularity")}  # by definition
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def _differences(table: Table, metric: str) -> tuple[list[Finding], list[dict[st
         said = f"{a} less {b}; {clear} of {len(of)} pairs differ by Holm-Sidak over a family of {len(tests)}"
         id = f"{blank.id}_{scope}" if seeded else f"{blank.id}_across"
         claim = replace(blank, id=id, claim=f"{blank.claim} on {scope}", scope=scope)
-        findings.append(_differing(claim, tests[scope, a, b], len(tests)).noting(said, *notes))
+        findings.append(_differing(claim, tests[scope, a, b]).noting(said, *notes))
         findings[-1] = replace(findings[-1], p_adjusted=float(p))
     if seeded:
         alone = [d for d in data_sets(table) if d not in scopes]
@@ -204,23 +206,26 @@ def _differences(table: Table, metric: str) -> tuple[list[Finding], list[dict[st
     return findings, plain
 
 
-def _differing(claim: Finding, test: Inference, size: int) -> Finding:
-    """The claim with the interval of a pair at the level at which all of `size` hold together."""
+def _differing(claim: Finding, test: Inference) -> Finding:
+    """The claim with the interval of a pair, at the level at which those of the family hold together."""
     done = claim.concluded(test, "above")
     away = done.low is not None and done.high is not None and (done.low > 0 or done.high < 0)
     verdict = "holds" if away else "undecided"  # no test says that two are the same
-    sd = abs(test.high - test.low) / 2
-    more = "" if away or not math.isfinite(sd) else seeds_note(_spread_of(test, size), test.value, "replicates each")
+    more = "" if away else _more(test)
     return replace(done, verdict=verdict).noting(more)
 
 
-def _spread_of(test: Inference, size: int) -> float:
-    """About the sd of one replicate, from the interval of a difference of two equal groups."""
+def _more(test: Inference) -> str:
+    """How many replicates would do, their sd read off the interval: of pairs, or of two groups of equal size."""
     from scipy import stats
 
-    each = max(test.n / 2, 2)
-    quantile = float(stats.t.ppf((1 + LEVEL ** (1 / size)) / 2, max(test.n - 2, 1)))
-    return (test.high - test.low) / 2 / quantile * math.sqrt(each / 2)
+    pairs = test.resampled == "data sets"
+    each, freedom = (test.n, test.n - 1) if pairs else (test.n / 2, test.n - 2)
+    if not math.isfinite(test.high) or freedom < 1:
+        return ""
+    error = (test.high - test.low) / 2 / float(stats.t.ppf((1 + test.level) / 2, freedom))
+    of = "data sets" if pairs else "seeds an architecture"
+    return seeds_note(error * math.sqrt(each / 2), test.value, of, test.level)
 
 
 def _by_seeds(rows: Table, metric: str) -> dict[tuple[str, str, str], Inference]:
@@ -241,8 +246,6 @@ def _by_seeds(rows: Table, metric: str) -> dict[tuple[str, str, str], Inference]
 
 def _by_data_sets(rows: Table, metric: str) -> dict[tuple[str, str, str], Inference]:
     """("all data sets", a, b) -> paired t test over data sets, at the level of the family."""
-    from scipy import stats
-
     wide = rows.pivot_table(index="data", columns="architecture", values=metric, sort=False)
     found = {}
     for a, b in itertools.combinations(wide.columns, 2):
@@ -255,38 +258,53 @@ def _by_data_sets(rows: Table, metric: str) -> dict[tuple[str, str, str], Infere
     tests = {}
     for key, gaps in found.items():
         e = t_interval(gaps, level, resampled="data sets")
-        p = float(stats.ttest_1samp(gaps, 0.0).pvalue)
+        p = paired_p(gaps)
         note = "one seed an architecture: replicates are data sets, so it is a difference over them, not on any one"
         tests[key] = Inference(e.value, e.low, e.high, level, "", "data sets", e.n, p, "paired t test", note)
     return tests
 
 
 def clearing(table: Table) -> list[Finding]:
-    """How many runs clear their untrained and their permuted control, for each metric: the whole interval within the
-    run lies above the control's whole interval. Replicates are architectures: Wilson's interval of their mean share."""
-    return [_clears(table, metric, control) for metric in BETTER for control in ("untrained", "permuted")]
+    """How many runs clear their untrained and their permuted control, for each metric of which more is better: the
+    whole interval within the run lies above the control's whole interval. What has no interval within a run is taken by
+    its value, and the finding says so. Replicates are architectures: Wilson's interval of their mean share."""
+    wanted = [
+        (metric, control)
+        for metric in BETTER
+        for control in ("untrained", "permuted")
+        if f"{control}_{metric}" in table or (metric in COMPARED and (control, metric) not in NO_NULL)
+    ]
+    return [_clears(table, metric, control) for metric, control in wanted]
 
 
 def _clears(table: Table, metric: str, control: str) -> Finding:
     words = metric_words(metric)
     against = "an untrained network" if control == "untrained" else "permuted codes or effects"
-    claim = Finding(
-        f"clears_{control}_{metric}", f"Most runs have a higher {words} than {against}", "share of runs", "of runs"
-    )
-    bounds = [f"{metric}_low", f"{control}_{metric}_high"]
+    claim = Finding(f"clears_{control}_{metric}", f"Most runs have a higher {words} than {against}", "share of runs")
 
     def conclude() -> Finding:
         from statsmodels.stats.proportion import proportion_confint
 
-        # A metric without an interval within the run, or a control without one, decides nothing.
-        rows, notes = usable(table, [metric, f"{control}_{metric}", *bounds])
-        clears = rows[bounds[0]] > rows[bounds[1]]
+        rows, notes = usable(table, [metric, f"{control}_{metric}"])
+        ours, blank = _end(rows, metric, "low")
+        theirs, blank_too = _end(rows, f"{control}_{metric}", "high")
+        for which, count in (("run", blank), ("control", blank_too)):
+            if count:
+                notes.append(f"{count} of {len(rows)} have no interval within the {which}: its value is taken")
+        clears = ours > theirs
         share = clears.groupby(rows["architecture"]).mean()
         value, n = float(share.mean()), len(share)
-        low, high = proportion_confint(value * n, n, 1 - LEVEL, method="wilson")
+        bounds: Any = proportion_confint(value * n, n, 1 - LEVEL, method="wilson")
+        low, high = (float(end) for end in bounds)
         by_data = clears.groupby(rows["data"], sort=False).agg(["sum", "count"])
         said = "; ".join(f"{data}: {int(r['sum'])} of {int(r['count'])} runs" for data, r in by_data.iterrows())
-        found = Estimate(value, float(min(low, value)), float(max(high, value)), LEVEL, "", "architectures", n)
+        found = Estimate(value, min(low, value), max(high, value), LEVEL, "", "architectures", n)
         return claim.concluded(found, "above", 0.5, said, *notes)
 
     return attempted(claim, conclude)
+
+
+def _end(rows: Table, name: str, end: str) -> tuple[Any, int]:
+    """One end of the intervals of a column, its value where there is none, and how often there is none."""
+    ends = rows[f"{name}_{end}"] if f"{name}_{end}" in rows else rows[name] * math.nan
+    return ends.fillna(rows[name]), int(ends.isna().sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -135,13 +136,29 @@ def _pooled(table: Table) -> list[Finding]:
 
 
 def _concluded(claim: Finding, found: Inference, *notes: str) -> Finding:
-    """With an interval that reaches 0 wherever the permutation test does not reject it: of few ranks in perfect order
-    Fisher's interval is a point."""
+    """With an interval that few ranks support: it reaches 0 wherever the permutation test does not reject it, and of
+    ranks in perfect order it is no point."""
+    if abs(found.value) > 1 - 1e-9:
+        found = _of_perfect_order(found)
     if found.p > 1 - found.level and (found.low > 0 or found.high < 0):
         found = replace(found, low=min(found.low, 0.0), high=max(found.high, 0.0))
         notes = (*notes, f"interval extended to 0, which the test does not reject (p = {found.p:.2g})")
     done = claim.concluded(found, "below", 0.0, *notes)
     return done.noting(units_note(found.value, found.resampled) if done.verdict == "undecided" else "")
+
+
+def _of_perfect_order(found: Inference) -> Inference:
+    """Fisher's interval of r halfway from +-1 to the next value that n ranks can have, kept open to +-1."""
+    from scipy import stats
+
+    n = found.n
+    if n < LEAST:
+        return replace(found, low=-1.0, high=1.0)
+    r = 1 - 6 / (n * (n * n - 1))
+    half = float(stats.norm.ppf((1 + found.level) / 2)) * math.sqrt((1 + r * r / 2) / (n - 3))
+    near = math.tanh(math.atanh(r) - half)
+    ends = (near, 1.0) if found.value > 0 else (-1.0, -near)
+    return replace(found, low=min(ends[0], found.low), high=max(ends[1], found.high))
 
 
 def _over_architectures(rows: Table, x: str, y: str, given: Sequence[str] = ()) -> tuple[Inference, str]:

@@ -169,12 +169,23 @@ def replicates(rows: Table, columns: Sequence[str]) -> tuple[Table, str]:
     return rows[list(columns)], "seeds"
 
 
-def seeds_note(sd: float, effect: float, of: str = "seeds an architecture") -> str:
+def paired_p(gaps: Any) -> float:
+    """Two-sided p of Student's t test that differences (n >= 2,) have mean 0; 1 where they do not vary, as nothing then
+    says how much they would."""
+    from scipy import stats
+
+    if len(gaps) < 2 or float(gaps.max()) == float(gaps.min()):
+        return 1.0
+    found: Any = stats.ttest_1samp(gaps, 0.0)
+    return float(found.pvalue)
+
+
+def seeds_note(sd: float, effect: float, of: str = "seeds an architecture", level: float = LEVEL) -> str:
     """How many replicates in each of two groups of spread `sd` would find `effect`; "" where that has no answer."""
     if not (math.isfinite(sd) and math.isfinite(effect) and sd > 0 and effect):
         return ""
     try:
-        needed = seeds_needed([-sd, sd], effect, LEVEL, POWER)  # a difference of two has sd sqrt(2) times as large
+        needed = seeds_needed([-sd, sd], effect, level, POWER)  # a difference of two has sd sqrt(2) times as large
     except InputError:
         return ""
     return f"{needed:,} {of} would find a difference of this size with {POWER:.0%} power"

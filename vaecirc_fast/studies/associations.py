@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ..errors import InputError
-from ..metrics.statistics import Inference, mixed_slope, partial_correlation, pearson, spearman
+from ..metrics.statistics import Inference, PartialCorrelation, mixed_slope, partial_correlation
 from .claims import CES, DCI, LEVEL, Finding, Table, attempted, data_sets, left_out, reference, units_note, usable
 
 LEAST = 4  # architectures that a correlation over them needs
@@ -41,10 +40,10 @@ def _within(rows: Table, data: str) -> Finding:
 
     def conclude() -> Finding:
         kept, notes = usable(rows, [CES, DCI])
-        found, how = _over_architectures(kept, CES, DCI)
-        beside = pearson(*_means(kept, [CES, DCI])) if how else _linear(kept)
-        also = f"Pearson's r {beside.value:.2f} [{max(beside.low, -1):.2f}, {min(beside.high, 1):.2f}]"
-        return _concluded(claim, found, *notes, how, also)
+        found = _over_architectures(kept, CES, DCI)
+        beside = _over_architectures(kept, CES, DCI, method="pearson")
+        also = f"Pearson's r {beside.value:.2f} [{beside.low:.2f}, {beside.high:.2f}]"
+        return _concluded(claim, found, *notes, also)
 
     return attempted(claim, conclude)
 
@@ -55,8 +54,8 @@ def _given_reconstruction(rows: Table, data: str) -> Finding:
 
     def conclude() -> Finding:
         kept, notes = usable(rows, [CES, DCI, "reconstruction"])
-        found, how = _over_architectures(kept, CES, DCI, given=["reconstruction"])
-        return _concluded(claim, found, *notes, how)
+        found = _over_architectures(kept, CES, DCI, ["reconstruction"])
+        return _concluded(claim, found, *notes)
 
     return attempted(claim, conclude)
 
@@ -88,8 +87,7 @@ def _untrained(rows: Table, data: str) -> Finding:
         once = kept.drop_duplicates([x, y])
         if len(once) < len(kept):
             notes.append(f"{len(kept)} runs start from {len(once)} different networks, which count once")
-        found, how = _over_architectures(once, x, y)
-        return _concluded(claim, found, *notes, how)
+        return _concluded(claim, _over_architectures(once, x, y), *notes)
 
     return attempted(claim, conclude)
 
@@ -136,10 +134,7 @@ def _pooled(table: Table) -> list[Finding]:
 
 
 def _concluded(claim: Finding, found: Inference, *notes: str) -> Finding:
-    """With an interval that few ranks support: it reaches 0 wherever the permutation test does not reject it, and of
-    ranks in perfect order it is no point."""
-    if abs(found.value) > 1 - 1e-9:
-        found = _of_perfect_order(found)
+    """With an interval that reaches 0 wherever the permutation test does not reject it."""
     if found.p > 1 - found.level and (found.low > 0 or found.high < 0):
         found = replace(found, low=min(found.low, 0.0), high=max(found.high, 0.0))
         notes = (*notes, f"interval extended to 0, which the test does not reject (p = {found.p:.2g})")
@@ -147,44 +142,14 @@ def _concluded(claim: Finding, found: Inference, *notes: str) -> Finding:
     return done.noting(units_note(found.value, found.resampled) if done.verdict == "undecided" else "")
 
 
-def _of_perfect_order(found: Inference) -> Inference:
-    """Fisher's interval of r halfway from +-1 to the next value that n ranks can have, kept open to +-1."""
-    from scipy import stats
-
-    n = found.n
-    if n < LEAST:
-        return replace(found, low=-1.0, high=1.0)
-    r = 1 - 6 / (n * (n * n - 1))
-    half = float(stats.norm.ppf((1 + found.level) / 2)) * math.sqrt((1 + r * r / 2) / (n - 3))
-    near = math.tanh(math.atanh(r) - half)
-    ends = (near, 1.0) if found.value > 0 else (-1.0, -near)
-    return replace(found, low=min(ends[0], found.low), high=max(ends[1], found.high))
-
-
-def _over_architectures(rows: Table, x: str, y: str, given: Sequence[str] = ()) -> tuple[Inference, str]:
-    """Spearman's correlation over runs with architectures as units; of their means where none can be exchanged."""
+def _over_architectures(
+    rows: Table, x: str, y: str, given: Sequence[str] = (), method: Any = "spearman"
+) -> PartialCorrelation:
+    """The correlation of the architectures' means: they are the replicates, whatever number of runs each has."""
     _enough(rows)
-    options: dict[str, Any] = {"method": "spearman", "permute": "architecture", "resampled": "architectures"}
-    try:
-        return partial_correlation(rows, x, y, given, **options), ""
-    except InputError as error:
-        if "nothing can be exchanged" not in str(error):
-            raise
-    columns = [x, y, *given]
-    means = rows.groupby("architecture", sort=False)[columns].mean().reset_index()
-    how = "architectures have unequally many runs: their means are correlated"
-    if given:
-        return partial_correlation(means, x, y, given, **options), how
-    return spearman(means[x], means[y], resampled="architectures"), how
-
-
-def _linear(rows: Table) -> Inference:
-    return partial_correlation(rows, CES, DCI, permute="architecture", resampled="architectures")
-
-
-def _means(rows: Table, columns: Sequence[str]) -> list[Any]:
-    means = rows.groupby("architecture", sort=False)[list(columns)].mean()
-    return [means[name] for name in columns]
+    means = rows.groupby("architecture", sort=False)[[x, y, *given]].mean().reset_index()
+    options: dict[str, Any] = {"permute": "architecture", "resampled": "architectures"}
+    return partial_correlation(means, x, y, given, method=method, **options)
 
 
 def _cells(rows: Table, columns: Sequence[str]) -> tuple[Table, str]:

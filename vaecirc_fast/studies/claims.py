@@ -83,7 +83,12 @@ class Finding:
     def concluded(
         self, found: Estimate, side: Literal["above", "below"], threshold: float = 0.0, *notes: str
     ) -> Finding:
-        """This claim with an estimate, and the verdict that its interval gives for `side` of `threshold`."""
+        """This claim with an estimate, and the verdict that its interval gives for `side` of `threshold`. Replicates
+        that do not vary bound nothing."""
+        alike = math.isfinite(found.low) and found.low == found.high
+        if alike:
+            found = replace(found, low=-math.inf, high=math.inf)
+            notes = (*notes, f"{found.resampled} do not vary, which bounds nothing")
         value, low, high = (v if math.isfinite(v) else None for v in (found.value, found.low, found.high))
         p = found.p if isinstance(found, Inference) and math.isfinite(found.p) else None
         filled = replace(
@@ -98,11 +103,18 @@ class Finding:
             p=p,
             verdict=verdict(found, side, threshold),
         )
-        unbounded = "" if low is not None and high is not None else f"{found.n} {found.resampled} cannot bound it"
+        bounded = low is not None and high is not None
+        unbounded = "" if bounded or alike else f"{found.n} {found.resampled} cannot bound it"
         return filled.noting(found.note if isinstance(found, Inference) else "", unbounded, *notes)
 
 
 def metric_words(name: str) -> str:
+    """A metric or a column of a table as one says it."""
+    for prefix, words in (("untrained_", "untrained "), ("permuted_", "permuted ")):
+        if name.startswith(prefix):
+            return words + metric_words(name.removeprefix(prefix))
+    if name.startswith("ces_") and name not in NAMES:
+        return f"CES ({name.removeprefix('ces_').replace('_', ' ')})"
     return NAMES.get(name, name.replace("_", " "))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,7 @@ def recommend(table: Table, data: str | None = None, metric: str = DCI) -> Recom
         return Recommendation(metric, data or NEW, chosen, ranks, None, None, None, {}, [], "undecided", tuple(notes))
     regrets = np.array([row["regret"] for row in held_out])
     gain = _over(np.array(randoms) - regrets)
-    said = verdict(gain) if gain.low < gain.high else "undecided"
+    said = verdict(gain)
     if len(wide) < 8:
         notes.append(f"only {len(wide)} data sets: intervals rest on regrets being normally distributed")
     constant = min(always, key=lambda name: float(np.mean(always[name])))
@@ -147,7 +147,10 @@ def _best(wide: Any) -> str:
 
 
 def _over(values: np.ndarray) -> Estimate:
-    return t_interval(values, LEVEL, resampled="data sets")
+    found = t_interval(values, LEVEL, resampled="data sets")
+    if found.low == found.high:  # values that do not vary bound nothing
+        found = replace(found, low=-math.inf, high=math.inf)
+    return found
 
 
 def _entry(estimate: Estimate | None) -> dict[str, Any] | None:

@@ -22,6 +22,8 @@ from .._files import write_json
 from ..errors import InputError
 from ..sweeps import RunDirectory, RunStore, run_all
 from ..training.settings import checked_settings
+from . import findings
+from .causal_graphs import recover
 from .configuration import PRESETS, Config
 from .examined import EVALUATION_SEED, Protocol, examine, measure_model, plans
 from .memory import check_memory
@@ -68,6 +70,7 @@ def run(config: Config, progress: bool = True) -> Path:
             advance=console.advance,
         )
     write_json(config.out / "study.json", {"study": "image", "runs": [r.path.name for r in runs], **_settings(config)})
+    findings.write(config.out)
     page = report.write(config.out)
     console.finish(config.out, page)
     return page
@@ -107,8 +110,11 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
     protocol = Protocol(**{key: c[key] for key in JUDGED})
     examined = examine(trained.model, build(c, ds, device), ds, protocol, progress is True)
     examined.write(run.path)
+    # a data set of a known causal model
+    recovered = recover(trained.model, ds, seed=EVALUATION_SEED).plain() if hasattr(ds, "graph") else None
     return {
         **examined.result,
+        **({"recovered": recovered} if recovered else {}),
         "history": trained.history.to_dict("records"),
         "machine": {
             "version": __version__,

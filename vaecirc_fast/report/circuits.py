@@ -90,7 +90,7 @@ def mediators(data: str, groups: Sequence[Group]) -> Figure:
         active = {row["latent"]: row["active"] for row in run.result["latents"]}
         columns = [f"z{subscript(i)}" for i in latents]
         title = _title(group)
-        faint = [not active[i] for i in latents]
+        faint = [not active.get(i, True) for i in latents]
         drawing = pictures.matrix(values, run.result["circuits"]["variants"], columns, faint, top, title)
         panels.append(Panel(title, drawing, "" if run.trained else "not trained"))
     caption = Markup(
@@ -114,12 +114,12 @@ def _mediated(run: Run) -> tuple[np.ndarray, list[int]]:
     return np.array([[row[i] for i in latents] for row in rows], dtype=float), latents
 
 
-def graph(data: str, groups: Sequence[Group]) -> Figure:
-    """The circuit graph of each shown run, and that of its untrained twin."""
+def graph(data: str, groups: Sequence[Group], twins: bool = True) -> Figure:
+    """The circuit graph of each shown run, and, if `twins`, that of its untrained twin."""
     panels = []
     for group in groups:
         run = group.shown
-        for name, words in (("graph", ""), ("control", ", before training")):
+        for name, words in (("graph", ""), ("control", ", before training"))[: 2 if twins else 1]:
             title = _title(group) + words
             mark = "" if run.trained or words else "not trained"
             if run.circuits() is None:
@@ -127,7 +127,7 @@ def graph(data: str, groups: Sequence[Group]) -> Figure:
             elif not run.result["circuits"][name]:
                 panels.append(Panel(title, mark=mark, missing="A pair of layers has no effect: there is no graph."))
             else:
-                panels.append(Panel(title, _drawn(run, name, f"{data}: circuit graph of {title}"), mark))
+                panels.append(Panel(title, _drawn(run, name, f"{data}: circuit graph of {title}", not twins), mark))
     first = groups[0].shown.result["circuits"]
     found = first["graph"] or first["control"]
     units = listed(dict.fromkeys(f"{len(row['units'])}" for row in found["layers"][1:-1])) if found else "some"
@@ -145,7 +145,8 @@ def graph(data: str, groups: Sequence[Group]) -> Figure:
     return Figure(f"graph-{slug(data)}", f"{data}: circuit graphs.", caption, tuple(panels))
 
 
-def _drawn(run: Run, name: str, what: str) -> str:
+def _drawn(run: Run, name: str, what: str, lone: bool) -> str:
+    """lone: whether the graph of the untrained twin is not drawn, and so gets a line here."""
     found = run.result["circuits"][name]
     tensors = run.circuits()
     assert tensors is not None
@@ -158,7 +159,7 @@ def _drawn(run: Run, name: str, what: str) -> str:
         for n, unit in enumerate(row["units"]):
             community = found["communities"][len(nodes)]
             if column == 0:
-                inactive = name == "graph" and not active[unit]
+                inactive = name == "graph" and not active.get(unit, True)
                 nodes.append(Node(column, f"z{subscript(unit)}", f"z{subscript(unit)}", community, inactive))
             elif column == len(layers) - 1 and side * side == len(row["units"]):
                 place = (n // side, n % side, side, side)
@@ -174,11 +175,13 @@ def _drawn(run: Run, name: str, what: str) -> str:
     share = sum(edge.weight for edge in edges) / len(pairs)
     excess, kept = found["q"] - found["null"], 100 * found["kept"]
     z = "" if found["z"] is None else f" (z = {number(found['z'], 1)})"
+    twin = run.result["circuits"]["control"]
     remarks = (
         f"Q = {number(found['q'], 3)}, nulls {number(found['null'], 3)}: difference {number(excess, 3)}{z}; "
         f"{max(found['communities']) + 1} communities",
         f"drawn: {len(edges)} of {count:,} edges with {100 * share:.0f} % of their weight",
         f"paths through these units alone: {number(kept, decimals([kept], 2))} % of the weight of all paths",
+        *([f"before training: Q = {number(twin['q'], 3)}, nulls {number(twin['null'], 3)}"] if twin and lone else []),
     )
     return graphs.layered(layers, nodes, edges, what, remarks)
 
@@ -202,12 +205,12 @@ class MediationTable:
     blocks: Sequence[MediationBlock]
 
 
-def mediation_tables(groups: Sequence[Group]) -> list[MediationTable]:
-    """Of each change the latents of greatest total NIE, and the decoder’s strongest unit."""
-    return [_table(group) for group in groups]
+def mediation_tables(groups: Sequence[Group], latents: int = LATENTS) -> list[MediationTable]:
+    """Of each change the `latents` latents of greatest total NIE, and the decoder’s strongest unit."""
+    return [_table(group, latents) for group in groups]
 
 
-def _table(group: Group) -> MediationTable:
+def _table(group: Group, count: int) -> MediationTable:
     run = group.shown
     circuits = run.result["circuits"]
     entries = circuits["mediation"]
@@ -217,7 +220,7 @@ def _table(group: Group) -> MediationTable:
     blocks = []
     for entry in entries:
         *latents, unit = entry["rows"]
-        chosen = sorted(latents, key=lambda row: -(row["nie_total"]["value"] or 0.0))[:LATENTS]
+        chosen = sorted(latents, key=lambda row: -(row["nie_total"]["value"] or 0.0))[:count]
         cells = [
             (
                 "z" if row is not unit else f"{row['site']}[{row['unit']}]",

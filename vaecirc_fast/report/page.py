@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +12,22 @@ from pathlib import Path
 from markupsafe import Markup
 
 from .._files import write_text
-from . import circuits, disentanglement, figures, inputs
+from . import causal, circuits, disentanglement, figures, inputs, relations
 from .abstract import abstract, sizes
 from .aggregate import Group, definitions, groups
 from .circuits import MediationTable
 from .figures import Figure
+from .findings import Findings, read_findings
+from .methods import methods
+from .overview import overview
 from .results import Study, read
 from .tables import ROWS, LatentTable, Places, latent_table, machines, main_blocks, run_rows, settings, sweep_plans
 from .words import data_name, listed, metric_name, typeset
 
 LIMIT = 2_850_000  # bytes of a page, about: below 3 MB
-DETAILED = 24  # configurations that figures show
+DETAILED = 30  # configurations that figures show
+FEW = 12  # configurations up to which pictures keep their size and every graph stands beside its untrained twin
+SMALL = 48  # pixels of a picture beyond that
 
 # arXiv 2505.03530, first version, from its public text: disentanglement and effect, on that paper's own scale.
 YARDSTICKS = {"vae": ("VAE", ".064", "3.99"), "beta_vae": ("β-VAE", ".051", "3.43")}
@@ -49,12 +57,14 @@ def render(study: Study) -> str:
     places = Places(found)
     shared = [name for name in metrics if any(name in run.result["replicates"] for run in study.runs if run.trained)]
     data = list(dict.fromkeys(group.data for group in found))
-    detail = _detail(found, metrics)
-    return environment.get_template("page.html").render(
+    title = f"Causal effects of latents: {listed(data)}"
+    stated, troubles = read_findings(study.directory)
+    detail = _detail(found, metrics, stated)
+    page = environment.get_template("page.html").render(
         style=Markup((here / "page.css").read_text(encoding="utf-8")),
-        title=f"Causal effects of latents: {listed(data)}",
+        title=title,
         abstract=abstract(study, found, places),
-        notes=[*study.notes, *(f"{r.path.name}: {note}" for r in study.runs for note in r.notes), *detail.notes],
+        notes=[*study.notes, *troubles, *(f"{r.path.name}: {note}" for r in study.runs for note in r.notes), *detail.notes],
         settings=settings(study.runs),
         machines=machines(study.runs),
         metrics=[
@@ -66,11 +76,17 @@ def render(study: Study) -> str:
         resampled=_resampled(study),
         runs=run_rows(found, metrics, places),
         more_runs=max(0, len(study.runs) - ROWS),
+        findings=stated,
+        overview=overview(found),
+        methods=methods(study, title),
+        recovered=causal.scores(causal.measured(found)),
+        recovered_notes=causal.left_out(causal.measured(found)),
         disentanglement=disentanglement.shown(found),
         inputs=inputs.blocks(inputs.measured(found)),
         sections=detail.sections,
         latents=detail.tables,
         mediation=detail.mediation,
+        mediators=circuits.LATENTS if len(found) <= FEW else 1,
         plans=sweep_plans(found[:DETAILED]),
         single=any(len(group.trained) == 1 for group in found),
         yardsticks=[
@@ -79,6 +95,13 @@ def render(study: Study) -> str:
             if name in YARDSTICKS
         ],
     )
+    return "".join(_unindented(page))
+
+
+def _unindented(page: str) -> Iterator[str]:
+    """The page without the indentation of its template, as it has many rows; but for what is <pre>."""
+    for part in re.split(r"(<pre.*?</pre>)", page, flags=re.DOTALL):
+        yield part if part.startswith("<pre") else re.sub(r"\n\s+", "\n", part)
 
 
 def _dropped(study: Study, metric: str) -> str:
@@ -106,19 +129,17 @@ class Detail:
     notes: list[str]
 
 
-def _detail(found: Sequence[Group], metrics: Mapping[str, tuple[str, str]]) -> Detail:
+def _detail(found: Sequence[Group], metrics: Mapping[str, tuple[str, str]], stated: Findings) -> Detail:
     """The figures and the tables of latents, as many as fit on one page."""
+    chosen = _chosen(found)
     by_data: dict[str, list[Group]] = {}
-    for group in found:
+    for group in chosen:
         by_data.setdefault(group.data, []).append(group)
-    most = max(1, DETAILED // len(by_data))
-    by_data = {data: members[:most] for data, members in by_data.items()}
-    chosen = [group for members in by_data.values() for group in members]
     notes = []
     if len(chosen) < len(found):
         notes.append(
-            f"Figures and tables of latents show {len(chosen)} of {len(found)} configurations, the first {most} of "
-            "each data set; Tables 1 and 2 have them all."
+            f"Figures and tables of single runs show {len(chosen)} of {len(found)} configurations, of each data set "
+            "first one of each architecture; Tables 1 and 2 have them all."
         )
     runs = sum(len(group.runs) for group in found)
     tables, size = [], 1_300 * min(runs, ROWS) + 4_000 * len(found)  # what Tables 1 and 2 take, about
@@ -130,20 +151,20 @@ def _detail(found: Sequence[Group], metrics: Mapping[str, tuple[str, str]]) -> D
             tables.append(table)
 
     mediation = []
-    for table in circuits.mediation_tables(circuits.measured(chosen)):
+    latents = circuits.LATENTS if len(chosen) <= FEW else 1
+    for table in circuits.mediation_tables(circuits.measured(chosen), latents):
         size += 1_200 * sum(len(block.rows) for block in table.blocks)
         if size < LIMIT / 2:
             mediation.append(table)
 
-    names = ("results", "training", "pictures", "inputs", "effects", "circuits")
+    names = ("results", "training", "pictures", "inputs", "effects", "circuits", "recovered")
     sections: dict[str, list[tuple[int, Figure]]] = {name: [] for name in names}
     left_out = []
-    for section, figure in _figures(by_data, chosen, metrics):
-        weight = sum(len(panel.drawing) for panel in figure.panels)
-        if size + weight > LIMIT:
+    for section, figure in itertools.chain(_related(found, stated), _figures(by_data, chosen, metrics)):
+        if size + figure.weight > LIMIT:
             left_out.append(figure.title.rstrip("."))
             continue
-        size += weight
+        size += figure.weight
         sections[section].append((1 + sum(map(len, sections.values())), figure))
     left_out += ["tables of latents"] * (len(tables) < len(chosen))
     left_out += ["tables of mediation"] * (len(mediation) < len(circuits.measured(chosen)))
@@ -152,27 +173,59 @@ def _detail(found: Sequence[Group], metrics: Mapping[str, tuple[str, str]]) -> D
     return Detail(sections, tables, mediation, notes)
 
 
+def _chosen(found: Sequence[Group]) -> list[Group]:
+    """The configurations that figures show: as many rounds as fit of one configuration of every architecture on every
+    data set, those of most seeds first."""
+    waiting: dict[tuple[str, str], list[Group]] = {}
+    for group in found:
+        waiting.setdefault((group.data, group.architecture), []).append(group)
+    for members in waiting.values():
+        members.sort(key=lambda group: -len(group.runs))
+    order = [group for round in itertools.zip_longest(*waiting.values()) for group in round if group is not None]
+    kept = {id(group) for group in order[:DETAILED]}
+    return [group for group in found if id(group) in kept]
+
+
+def _related(found: Sequence[Group], stated: Findings) -> Iterator[tuple[str, Figure]]:
+    """Figures of all configurations together, for the section of results."""
+    looks = relations.styles(found)
+    remarks = {group.data: stated.correlations(group.data) for group in found}
+    remarks = {data: said for data, said in remarks.items() if said}
+    made = (
+        relations.effect_against_disentanglement(found, looks, remarks),
+        relations.capacity(found, looks),
+        relations.strength(found, looks),
+    )
+    yield from (("results", figure) for figure in made if figure is not None)
+
+
 def _figures(
     by_data: Mapping[str, Sequence[Group]], chosen: Sequence[Group], metrics: Mapping[str, tuple[str, str]]
 ) -> Iterator[tuple[str, Figure]]:
     """Section and figure, in the order of the page."""
-    if any(group.trained for group in chosen):
+    many = len(chosen) > FEW
+    side = SMALL if many else None
+    if any(group.trained for group in chosen) and not many:  # the overview has it all, in less room
         yield "results", figures.against_untrained(chosen, metrics)
     yield "training", figures.training_curves(chosen)
     for make in (figures.reconstructions, figures.traversals):
         for data, members in by_data.items():
-            yield "pictures", make(data, members)
+            yield "pictures", make(data, members, side)
     for data, members in by_data.items():
         if having := inputs.measured(members):
             yield "inputs", inputs.matrices(data, having)
-    for make in (figures.strengths, figures.step_curves, figures.effect_maps):
+    step_curves = functools.partial(figures.step_curves, grids=figures.GRIDS[-1:] if many else figures.GRIDS)
+    for make in (figures.strengths, step_curves, figures.effect_maps):
         for data, members in by_data.items():
             yield "effects", make(data, members)
 
-    for make in (circuits.patching, circuits.mediators, circuits.graph):
+    for make in (circuits.patching, circuits.mediators, functools.partial(circuits.graph, twins=not many)):
         for data, members in by_data.items():
             if having := circuits.measured(members):
                 yield "circuits", make(data, having)
+    for data, members in by_data.items():
+        if having := causal.measured(members):
+            yield "recovered", causal.graphs(data, having)
 
 
 def _letters() -> Iterator[str]:

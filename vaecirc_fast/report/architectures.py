@@ -33,7 +33,8 @@ OBJECTIVES: dict[str, tuple[Markup, str]] = {
     ),
     "dip_vae_ii": (
         Markup(
-            f"{_R} + {_KL} + {_PENALTY}, <i>C</i> = Cov<sub><i>x</i></sub>[<i>μ</i>] + E<sub><i>x</i></sub>[diag <i>σ</i><sup>2</sup>]"
+            f"{_R} + {_KL} + {_PENALTY}, <i>C</i> = Cov<sub><i>x</i></sub>[<i>μ</i>] + E<sub><i>x</i></sub>[diag "
+            f"<i>σ</i><sup>2</sup>]"
         ),
         "Kumar, Sattigeri and Balakrishnan 2018 (arXiv 1711.00848)",
     ),

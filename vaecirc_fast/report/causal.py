@@ -1,4 +1,4 @@
-"""Recovered causal graphs on the page: the adjacency of the factors beside what interventions on the model say of it."""
+"""Recovered causal graphs on the page: the factors' true graph beside what interventions on the model say of it."""
 
 from __future__ import annotations
 
@@ -47,10 +47,13 @@ def graphs(data: str, groups: Sequence[Group]) -> Figure:
         panels.append(Panel(title, _drawn(run, top, title), "" if run.trained else "not trained"))
     threshold = groups[0].shown.result[KEY]["trained"]["threshold"]
     caption = Markup(
-        "Row a, column b: whether factor a acts on factor b. Truth: the edges of the model that made the data. Beside it "
+        "Row a, column b: whether factor a acts on factor b. Truth: the edges of the model that made the data. Beside "
+        "it "
         "the direct effect on what a probe reads off the codes of b when a goes from low to high and all other factors "
-        "are held: at the data, by making other images; at the latents, by setting the latent of a and decoding. Shade: "
-        "its size, in standard deviations of the reading. A dot: above {}, and so an edge of the recovered graph. Framed: "
+        "are held: at the data, by making other images; at the latents, by setting the latent of a and decoding. "
+        "Shade: "
+        "its size, in standard deviations of the reading. A dot: above {}, and so an edge of the recovered graph. "
+        "Framed: "
         "the true edges."
     ).format(number(threshold, 2))
     ticks = svg.Scale(0, top, 0, 1).ticks(4)
@@ -86,9 +89,12 @@ def _drawn(run: Run, top: float, what: str) -> str:
     for k, (words, values, edges) in enumerate(blocks):
         x = ROOM + k * (side + gap)
         parts.append(text(x, 11, words, cls="heading"))
-        box = {"x": x, "y": head, "width": side, "height": side}
+        box: dict[str, Any] = {"x": x, "y": head, "width": side, "height": side}
         if values is None:
-            parts += [tag("rect", cls="frame", **box), text(x + side / 2, head + side / 2, "not defined", "middle", "tick")]
+            parts += [
+                tag("rect", cls="frame", **box),
+                text(x + side / 2, head + side / 2, "not defined", "middle", "tick"),
+            ]
             continue
         shades = pictures.enlarged(pictures.shades_of(values / top), 60)
         address = png(shades, pictures.PALETTE)
@@ -98,11 +104,11 @@ def _drawn(run: Run, top: float, what: str) -> str:
             parts.append(text(x + (n + 0.5) * cell, head - 5, str(n + 1), "middle", "tick"))
             parts.append(line(x + n * cell, head + n * cell, x + (n + 1) * cell, head + (n + 1) * cell, "grid"))
         for a, b in zip(*np.nonzero(truth), strict=True):
-            frame = {"x": x + b * cell + 1, "y": head + a * cell + 1, "width": cell - 2, "height": cell - 2}
+            frame: dict[str, Any] = {"x": x + b * cell + 1, "y": head + a * cell + 1, "width": cell - 2, "height": cell - 2}
             parts.append(tag("rect", cls="true", **frame))
         if k:
             for a, b in zip(*np.nonzero(edges), strict=True):
-                words = f"{names[a]} → {names[b]}: {number(values[a, b], 2)} sd"
+                words = f"{names[a]} → {names[b]}: {number(float(values[a, b]), 2)} sd"
                 colour = "#fff" if values[a, b] > 0.55 * top else "#111"
                 at = {"cx": x + (b + 0.5) * cell, "cy": head + (a + 0.5) * cell, "r": min(3.6, cell / 4)}
                 parts.append(tag("circle", tag("title", str(escape(words))), fill=colour, **at))
@@ -170,5 +176,7 @@ def _null(entries: Sequence[Mapping[str, Any]]) -> Printed:
     if not nulls:
         return Printed(NOTHING)
     ps = [entry["p"] for entry in entries if entry.get("p") is not None]
-    said = f"p {'≤ ' if len(ps) > 1 else ''}{probability(max(ps)).removeprefix('= ' if len(ps) > 1 else '')}" if ps else ""
+    said = (
+        f"p {'≤ ' if len(ps) > 1 else ''}{probability(max(ps)).removeprefix('= ' if len(ps) > 1 else '')}" if ps else ""
+    )
     return Printed(number(sum(nulls) / len(nulls), 2), said)

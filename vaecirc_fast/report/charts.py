@@ -206,17 +206,19 @@ class Mark:
 
 def points(marks: Sequence[Mark], x_label: str, y_label: str, what: str, remarks: Sequence[str] = ()) -> str:
     """A scatter plot whose axes hold 0; `remarks`, lines beneath it; a mark's name is said when pointed at."""
-    x_top, y_top = (svg.rounded_up(max([*(v for v in values if v > 0), 0.0])) for values in zip(*_places(marks)))
-    low = [min(0.0, *values) for values in zip(*_places(marks))]
+    x_top, y_top = (
+        svg.rounded_up(max([*(v for v in values if v > 0), 0.0])) for values in zip(*_places(marks), strict=True)
+    )
+    low = [min(0.0, *values) for values in zip(*_places(marks), strict=True)]
     bottom = 216.0
     y = Scale(low[1], y_top, bottom, 30)
     left = 10 + 6.2 * max(map(len, svg.tick_labels(y.ticks())), default=1)
-    x = Scale(low[0], x_top, left + 6, NARROW - 10)
-    parts = [y_axis(y, left, NARROW - 10, y_label), x_axis(x, bottom, x_label)]
+    x = Scale(low[0], x_top, left + 6, NARROW - 18)
+    parts = [y_axis(y, left, NARROW - 18, y_label), x_axis(x, bottom, x_label)]
     parts += [_mark(mark, x(mark.x), y(mark.y)) for mark in sorted(marks, key=lambda mark: not mark.small)]
     for n, words in enumerate(remarks):
         parts.append(text(0, bottom + 50 + 14 * n, words, cls="tick"))
-    return picture("".join(parts), NARROW, bottom + 36 + 15 * len(remarks), what)
+    return picture("".join(parts), NARROW, bottom + 36 + (6 + 14 * len(remarks) if remarks else 0), what)
 
 
 def _places(marks: Sequence[Mark]) -> list[tuple[float, float]]:
@@ -241,7 +243,10 @@ def ladders(
     x = Scale(*bounds, left + 4, NARROW - 10, log)
     parts = [y_axis(y, left, NARROW - 10, y_label), line(left, bottom, NARROW - 10, bottom, "axis")]
     for value in sorted(set(mark.x for mark in marks)):  # the values that runs have, not round ones
-        parts += [line(x(value), bottom, x(value), bottom + 3, "axis"), text(x(value), bottom + 14, f"{value:g}", "middle", "tick")]
+        parts += [
+            line(x(value), bottom, x(value), bottom + 3, "axis"),
+            text(x(value), bottom + 14, f"{value:g}", "middle", "tick"),
+        ]
     parts.append(text((left + NARROW - 10) / 2, bottom + 29, x_label, "middle", "label"))
     if at is not None:
         parts.append(line(x(at), 30, x(at), bottom, "limit"))
@@ -286,5 +291,8 @@ def _arm(turn: int) -> list[tuple[float, float]]:
 
 def marks_key(entries: Sequence[tuple[Mark, str]]) -> str:
     """What marks mean, a line each."""
-    parts = [_mark(mark, 10, 16 + 21 * n) + text(26, 20 + 21 * n, words, cls="label") for n, (mark, words) in enumerate(entries)]
+    parts = [
+        _mark(mark, 10, 16 + 21 * n) + text(26, 20 + 21 * n, words, cls="label")
+        for n, (mark, words) in enumerate(entries)
+    ]
     return picture("".join(parts), NARROW, 14 + 21 * len(entries), "Key to the marks in these panels")

@@ -20,8 +20,8 @@ from .tables import Printed
 from .words import decimals, interval, listed, number
 
 FILE = "circuits.safetensors"
-UNITS = 64  # of each site in the heatmap
-EDGES = 16  # drawn of each pair of layers
+UNITS, FEWER_UNITS = 64, 32  # of each site in the heatmap; fewer where configurations are many
+EDGES, FEWER_EDGES = 16, 8  # drawn of each pair of layers, likewise
 LATENTS = 3  # of each change in the table of mediation
 TERMS = ("nie_pure", "nie_total", "nde_pure", "interaction", "share")
 
@@ -36,8 +36,8 @@ def _change(groups: Sequence[Group]) -> str:
     return KINDS.get(kind, ("", "one thing in the image is changed"))[1]
 
 
-def patching(data: str, groups: Sequence[Group]) -> Figure:
-    """Site by site, units by changes: the share of the output's change that a unit makes alone."""
+def patching(data: str, groups: Sequence[Group], most: int = UNITS) -> Figure:
+    """Site by site, at most `most` units by changes: the share of the output's change that a unit makes alone."""
     shares = {id(group): _shares(group.shown) for group in groups}
     highest = [float(np.nanmax(values, initial=0.0)) for found in shares.values() for values in found.values()]
     top = svg.rounded_up(max(highest, default=1.0))
@@ -47,7 +47,7 @@ def patching(data: str, groups: Sequence[Group]) -> Figure:
         for site, values in found.items():
             order = np.argsort(-np.nansum(values, 0), kind="stable")
             remark = f"{values.shape[1]} units, strongest {number(100 * float(np.nanmax(values, initial=0.0)), 0)} %"
-            drawn.append(Strip(site, values[:, order[:UNITS]], remark))
+            drawn.append(Strip(site, values[:, order[:most]], remark))
         variants = group.shown.result["circuits"]["variants"]
         return pictures.strips(drawn, variants, top, f"{data}: what each unit does alone when it is patched")
 
@@ -60,7 +60,7 @@ def patching(data: str, groups: Sequence[Group]) -> Figure:
         "elsewhere. Sites in the order in which they run; units from the strongest to the weakest over all changes, of "
         "a site the first {}. Small shares are spread out: the scale goes by the square root. Intervals of every unit "
         "are in the runs’ {}."
-    ).format(_change(groups), pairs, UNITS, FILE)
+    ).format(_change(groups), pairs, most, FILE)
     ticks = [0.0, *(t for t in (0.01, 0.05, 0.2, 0.5, 1.0, 2.0) if t <= top)]
     labels = [number(t, 2) if t else "0" for t in ticks]
     bar = pictures.shade_bar(top, ticks, labels, "share of the whole change, dimensionless", root=True)
@@ -133,7 +133,7 @@ def graph(data: str, groups: Sequence[Group], twins: bool = True) -> Figure:
     units = listed(dict.fromkeys(f"{len(row['units'])}" for row in found["layers"][1:-1])) if found else "some"
     caption = Markup(
         "The decoder as a graph. Nodes: the latents; of each layer the {} units through which paths of the greatest "
-        "weight lead; a 4 × 4 mosaic of the image, each cell drawn as its place. An edge is the direct effect of a "
+        "weight lead{}; a 4 × 4 mosaic of the image, each cell drawn as its place. An edge is the direct effect of a "
         "parent that alone takes its value for another image, in standard deviations of the child per standard "
         "deviation of the parent, over {} pairs of images; each pair of layers has total weight 1, and a path the "
         "product of its edges. Drawn are the {} strongest edges of each pair of layers. Colours: Louvain "
@@ -141,7 +141,7 @@ def graph(data: str, groups: Sequence[Group], twins: bool = True) -> Figure:
         "both its ends are in, else it is grey. <i>Q</i> and its difference from the nulls are those of Tables 1 and"
         " 2; <i>z</i>: this difference in standard deviations of the nulls, which is no interval: edges are measured"
         " on these pairs alone. Hollow: inactive latents."
-    ).format(units, first["pairs"], EDGES)
+    ).format(units, "" if twins else ", if an edge drawn joins them", first["pairs"], EDGES if twins else FEWER_EDGES)
     return Figure(f"graph-{slug(data)}", f"{data}: circuit graphs.", caption, tuple(panels))
 
 
@@ -170,9 +170,11 @@ def _drawn(run: Run, name: str, what: str, lone: bool) -> str:
     for parent, child in pairs:
         weights = tensors[f"{name} {parent} > {child}"].numpy()
         count += int((weights > 0).sum())
-        chosen = graphs.strongest(weights, EDGES)
+        chosen = graphs.strongest(weights, FEWER_EDGES if lone else EDGES)
         edges += [Edge(starts[parent] + u, starts[child] + v, w) for u, v, w in chosen]
     share = sum(edge.weight for edge in edges) / len(pairs)
+    if lone:
+        nodes, edges = _joined(nodes, edges, len(layers) - 1)
     excess, kept = found["q"] - found["null"], 100 * found["kept"]
     z = "" if found["z"] is None else f" (z = {number(found['z'], 1)})"
     twin = run.result["circuits"]["control"]
@@ -184,6 +186,14 @@ def _drawn(run: Run, name: str, what: str, lone: bool) -> str:
         *([f"before training: Q = {number(twin['q'], 3)}, nulls {number(twin['null'], 3)}"] if twin and lone else []),
     )
     return graphs.layered(layers, nodes, edges, what, remarks)
+
+
+def _joined(nodes: Sequence[Node], edges: Sequence[Edge], last: int) -> tuple[list[Node], list[Edge]]:
+    """Without the units between that no edge drawn leads to or from."""
+    used = {n for edge in edges for n in (edge.start, edge.end)}
+    kept = [n for n, node in enumerate(nodes) if node.column in (0, last) or n in used]
+    at = {n: place for place, n in enumerate(kept)}
+    return [nodes[n] for n in kept], [Edge(at[e.start], at[e.end], e.weight) for e in edges]
 
 
 @dataclass(frozen=True)
@@ -205,12 +215,12 @@ class MediationTable:
     blocks: Sequence[MediationBlock]
 
 
-def mediation_tables(groups: Sequence[Group], latents: int = LATENTS) -> list[MediationTable]:
-    """Of each change the `latents` latents of greatest total NIE, and the decoder’s strongest unit."""
-    return [_table(group, latents) for group in groups]
+def mediation_tables(groups: Sequence[Group], brief: bool = False) -> list[MediationTable]:
+    """Of each change the latents of greatest total NIE, and the decoder’s strongest unit; if `brief`, one latent."""
+    return [_table(group, brief) for group in groups]
 
 
-def _table(group: Group, count: int) -> MediationTable:
+def _table(group: Group, brief: bool) -> MediationTable:
     run = group.shown
     circuits = run.result["circuits"]
     entries = circuits["mediation"]
@@ -220,14 +230,14 @@ def _table(group: Group, count: int) -> MediationTable:
     blocks = []
     for entry in entries:
         *latents, unit = entry["rows"]
-        chosen = sorted(latents, key=lambda row: -(row["nie_total"]["value"] or 0.0))[:count]
+        chosen = sorted(latents, key=lambda row: -(row["nie_total"]["value"] or 0.0))[: 1 if brief else LATENTS]
         cells = [
             (
                 "z" if row is not unit else f"{row['site']}[{row['unit']}]",
                 row["unit"] if row is not unit else None,
                 _row(row, p),
             )
-            for row in (*chosen, unit)
+            for row in (chosen if brief else (*chosen, unit))
         ]
         blocks.append(MediationBlock(entry["variant"], _printed(entry["te"], p), cells))
     return MediationTable(_title(group), "" if run.trained else "not trained", circuits["pairs"], blocks)

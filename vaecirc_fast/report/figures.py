@@ -50,8 +50,9 @@ class Figure:
 
     @property
     def weight(self) -> int:
-        """Bytes of its drawings, about."""
-        return len(self.wide) + len(self.extra) + sum(len(panel.drawing) for panel in self.panels)
+        """Bytes of it on the page, about."""
+        drawn = [self.wide, self.extra, *(panel.drawing for panel in self.panels)]
+        return sum(len(drawing.encode()) for drawing in drawn) + 1_000 + 100 * len(self.panels)
 
 
 def against_untrained(groups: Sequence[Group], definitions: Mapping[str, tuple[str, str]]) -> Figure:
@@ -143,9 +144,7 @@ def reconstructions(data: str, groups: Sequence[Group], side: int | None = None)
     what = f"{data}: inputs and their reconstructions by {counted(len(found), 'configuration')}"
     drawing = pictures.image_rows(rows, labels, what, faint=faint, left=170.0, width=760.0)
     missing = [group for group in groups if group not in [group for group, _ in found]]
-    return Figure(
-        key, title, caption, (*_panels(missing, lambda _: "", "pictures.safetensors"),), wide=drawing
-    )
+    return Figure(key, title, caption, (*_panels(missing, lambda _: "", "pictures.safetensors"),), wide=drawing)
 
 
 def _rows(images: Sequence[np.ndarray], side: int | None) -> np.ndarray:
@@ -249,7 +248,7 @@ class Unit:
 
 
 def units(effects: Effects, run: Run) -> list[Unit]:
-    """From the greatest posterior CES to the least; what is no latent, as a channel of all codes, by its own effects."""
+    """From the greatest posterior CES to the least; what is no latent, as a channel of codes, by its own effects."""
     of = effects.dims[-3]
     if of == "latent":
         rows = ordered_latents(run)

@@ -1,9 +1,9 @@
-"""The findings on the page: claims with estimates, intervals and verdicts, as findings.json in the study's directory has
-them."""
+"""The findings on the page: claims with estimates, intervals and verdicts, from findings.json."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import Any
 from .._files import read_json
 from ..errors import InputError
 from .tables import Printed
-from .words import NOTHING, decimals, interval, number, plain, probability
+from .words import NOTHING, data_name, decimals, interval, number, plain, probability
 
 FILE = "findings.json"
+EVERYWHERE = "all data sets"
+TOGETHER = 12  # claims in one table; of more, those on single data sets have one of their own
 VERDICTS = ("holds", "does not hold", "undecided")
 _REQUIRED = ("id", "claim", "estimate", "low", "high", "verdict")
 _NUMBERS = ("estimate", "low", "high", "p", "p_adjusted")
@@ -31,10 +33,11 @@ class Row:
     cell: Printed
     verdict: str
     replicates: str
-    p: str
+    p: Sequence[str]
     scope: str
     yardstick: str
     notes: Sequence[str]
+    everywhere: bool
 
     @property
     def sign(self) -> str:
@@ -58,15 +61,25 @@ class Findings:
         found = [(verdict, sum(row.verdict == verdict for row in self.rows)) for verdict in VERDICTS]
         return [(verdict, count) for verdict, count in found if count]
 
-    def correlations(self, data: str) -> list[str]:
-        """What the panel of a data set says of the correlation of CES and DCI within it."""
+    def correlation(self, data: str) -> list[str]:
+        """What the panel of a data set, by its name in configurations, says of CES and DCI within it."""
         said = []
         for entry in self.found.get("findings", ()):
-            about = f"{entry['id']} {entry.get('quantity') or ''}".lower()
-            if entry.get("scope") in (data,) and "ces" in about and "dci" in about and "r" in about:
+            if entry["id"] == f"ces_dci_within_{data}" and entry["estimate"] is not None:
                 row = _row(entry)
-                said.append(f"{row.quantity or 'correlation'} {row.cell.value} {row.cell.interval}".strip())
+                quantity = (row.quantity or "correlation").split(" of ")[0]
+                said.append(f"{quantity} = {row.cell.value} {row.cell.interval}".strip())
+                said.append(f"over {row.replicates}; {row.verdict} (negative)")
         return said
+
+    @property
+    def tables(self) -> list[tuple[str, Sequence[Row]]]:
+        """The rows with a heading: those on all data sets, then, where they are many, those on single ones."""
+        if len(self.rows) <= TOGETHER:
+            return [("", self.rows)]
+        wide = [row for row in self.rows if row.everywhere]
+        single = [row for row in self.rows if not row.everywhere]
+        return [(name, rows) for name, rows in (("", wide), ("Claims on single data sets", single)) if rows]
 
 
 def read_findings(directory: Path) -> tuple[Findings, list[str]]:
@@ -113,21 +126,28 @@ def _row(entry: Mapping[str, Any]) -> Row:
     n, resampled = entry.get("n"), entry.get("resampled") or ""
     replicates = f"{plain(n)} {resampled}".strip() if n is not None else resampled
     ps = [(name, entry.get(key)) for name, key in (("p", "p"), ("adjusted p", "p_adjusted"))]
-    level = entry.get("level")
+    level, scope = entry.get("level"), _words(entry.get("scope"))
+    uncommon = "" if level in (None, 0.95) else f"{100 * level:g} % interval"
     cell = Printed(number(entry["estimate"], p), interval(entry["low"], entry["high"], p))
     return Row(
         str(entry["id"]),
-        str(entry["claim"]),
-        str(entry.get("quantity") or ""),
-        str(entry.get("unit") or "") + ("" if level in (None, 0.95) else f"; {100 * level:g} % interval"),
+        _named(str(entry["claim"]), scope),
+        _named(str(entry.get("quantity") or ""), scope),
+        "; ".join(words for words in (str(entry.get("unit") or ""), uncommon) if words),
         cell,
         entry["verdict"],
         replicates or NOTHING,
-        "; ".join(f"{name} {probability(value)}" for name, value in ps if value is not None),
-        _words(entry.get("scope")),
+        [f"{name} {probability(value)}" for name, value in ps if value is not None],
+        data_name(scope),
         _words(entry.get("yardstick")),
         [str(note) for note in entry.get("notes") or ()],
+        scope in ("", EVERYWHERE),
     )
+
+
+def _named(words: str, scope: str) -> str:
+    """Words with the name of the data set as a reader knows it."""
+    return re.sub(rf"\b{re.escape(scope)}\b", data_name(scope), words) if scope else words
 
 
 def _words(value: Any) -> str:
@@ -139,7 +159,9 @@ def _words(value: Any) -> str:
 
 def _recommended(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """The columns and the rows of the table of recommendations: what entries have, numbers with their intervals."""
-    keys = [key for key in dict.fromkeys(key for entry in entries for key in entry) if not key.endswith(("_low", "_high"))]
+    keys = [
+        key for key in dict.fromkeys(key for entry in entries for key in entry) if not key.endswith(("_low", "_high"))
+    ]
     keys = [key for key in keys if key not in ("low", "high")]
     rows = []
     for entry in entries:

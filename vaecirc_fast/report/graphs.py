@@ -72,7 +72,7 @@ def layered(
     drawn = [_curve(edge, nodes, x, y, (edge.weight / largest) ** 0.5) for edge in ordered]
     parts.append(tag("g", "".join(drawn), cls="edges") if drawn else "")
     dots = [_dot(node, float(x[node.column]), float(at)) for node, at in zip(nodes, y, strict=True)]
-    parts.append(tag("g", "".join(dots), cls="nodes"))
+    parts.append(tag("g", "".join(dots), cls="nodes", stroke="#fff"))
     for n, words in enumerate(remarks):
         parts.append(text(0, head + height + 16 + 14 * n, words, cls="tick"))
     return picture("".join(parts), WIDTH, head + height + 10 + 14 * len(remarks), what)
@@ -125,7 +125,7 @@ def _dot(node: Node, x: float, y: float) -> str:
     name = tag("title", str(escape(node.name))) if node.name else ""
     label = text(x - 9, y + 3.6, node.label, "end", "tick faint" if node.faint else "tick") if node.label else ""
     if node.place is None:
-        look = {"fill": "#fff", "stroke": colour} if node.faint else {"fill": colour, "stroke": "#fff"}
+        look = {"fill": "#fff", "stroke": colour} if node.faint else {"fill": colour}
         return tag("circle", name, cx=x, cy=y, r=4.4, **look) + label
     row, column, rows, columns = node.place
     side = 12.0

@@ -92,7 +92,11 @@ def _data(runs: Sequence[Run]) -> list[str]:
         parts += [" × ".join(map(str, facts["shape"]))] if facts.get("shape") else _size(first)
         factors = _factors(first)
         if factors:
-            parts.append(f"{counted(len(factors), 'factor')} that vary ({listed(factors)})" if len(factors) > 1 else f"one factor ({factors[0]})")
+            parts.append(
+                f"{counted(len(factors), 'factor')} that vary ({listed(factors)})"
+                if len(factors) > 1
+                else f"one factor ({factors[0]})"
+            )
         else:
             parts.append("no labelled factors")
         said.append(f"{data_name(name)}{f' ({about})' if about else ''}: {'; '.join(parts)}.")
@@ -130,9 +134,7 @@ def _architectures(runs: Sequence[Run]) -> list[Architecture]:
         ]
         objective, reference = OBJECTIVES.get(name, (Markup("as its documentation says"), "–"))
         rows.append(
-            Architecture(
-                architecture_name(name), objective, "; ".join(options) or "none", reference, str(len(members))
-            )
+            Architecture(architecture_name(name), objective, "; ".join(options) or "none", reference, str(len(members)))
         )
     return rows
 
@@ -147,7 +149,8 @@ def _training(runs: Sequence[Run]) -> list[str]:
     said = [
         f"{counted(len(runs), 'model').capitalize()} with {_setting(runs, 'latents')} latents "
         f"({nets}) {'was' if len(runs) == 1 else 'were'} trained, seed{'s' * (len(seeds) > 1)} {ranged(seeds)}.",
-        f"Each was trained for {_setting(runs, 'steps')} steps on batches of {_setting(runs, 'batch_size')} images with "
+        f"Each was trained for {_setting(runs, 'steps')} steps on batches of {_setting(runs, 'batch_size')} images "
+        f"with "
         f"Adam at a learning rate of {_setting(runs, 'lr')}; the seed determined the initial weights and the batches.",
     ]
     likelihoods = {run.config.get("likelihood") for run in runs} - {None}
@@ -167,7 +170,8 @@ def _judged(runs: Sequence[Run]) -> list[str]:
 
     failed = [run for run in runs if not run.trained]
     return [
-        f"Every model, and its twin before training, was judged on the same {count('reconstruction')} images of its data "
+        f"Every model, and its twin before training, was judged on the same {count('reconstruction')} images of its "
+        f"data "
         f"set; latents were swept on {count('ces_posterior')} of them.",
         "A model counted as trained if its reconstruction loss lay at most half way from the least possible to that of "
         "drawing the mean image, and if at least three of its latents were active. "
@@ -185,15 +189,19 @@ def _interventions(runs: Sequence[Run]) -> list[str]:
     if manipulated:
         kinds = dict.fromkeys(run.result["inputs"]["trained"]["kind"] for run in manipulated)
         pairs = differing(manipulated, lambda run: run.result["inputs"]["trained"]["pairs"])
-        what = "; for other data, ".join(KINDS.get(kind, ("", "one thing in the image is changed"))[1] for kind in kinds)
+        what = "; for other data, ".join(
+            KINDS.get(kind, ("", "one thing in the image is changed"))[1] for kind in kinds
+        )
         said.append(
-            f"Level 1, input manipulation: {pairs} pairs of images in which {what}; the effect on a unit of the encoder "
+            f"Level 1, input manipulation: {pairs} pairs of images in which {what}; the effect on a unit of the "
+            f"encoder "
             "is its mean absolute change in standard deviations over the unchanged images."
         )
     grids = [f"{words} {_steps(runs, grid)}" for grid, words in _GRIDS if _steps(runs, grid)]
     said.append(
         "Level 2, latent perturbation: each latent was set by itself, the others kept, to its mean plus "
-        f"{', and plus '.join(grids)}; and to its value for another image. The effect is |Δy|, averaged over the pixels "
+        f"{', and plus '.join(grids)}; and to its value for another image. The effect is |Δy|, averaged over the "
+        f"pixels "
         "of a cell of the image."
         if grids
         else "Level 2, latent perturbation: each latent was set by itself, the others kept."
@@ -204,11 +212,13 @@ def _interventions(runs: Sequence[Run]) -> list[str]:
         sites = differing(patched, lambda run: len(run.result["circuits"]["sites"]))
         units = differing(patched, lambda run: sum(site["units"] for site in run.result["circuits"]["sites"]))
         said.append(
-            f"Level 3, activation patching: at {sites} sites, every one of {units} units took by itself the value of the "
+            f"Level 3, activation patching: at {sites} sites, every one of {units} units took by itself the value of "
+            f"the "
             f"changed image's run, on {pairs} pairs a change, and all that follows was computed again."
         )
         said.append(
-            f"Level 4, causal mediation: on {pairs} pairs of each change, through the mean of each active latent and the "
+            f"Level 4, causal mediation: on {pairs} pairs of each change, through the mean of each active latent and "
+            f"the "
             "decoder's strongest unit, chosen on other pairs."
         )
         graphs = [run for run in patched if run.result["circuits"]["graph"]]
@@ -216,15 +226,18 @@ def _interventions(runs: Sequence[Run]) -> list[str]:
             nulls = differing(graphs, lambda run: run.result["circuits"]["graph"]["nulls"])
             kept = _setting(graphs, "circuit_units")
             said.append(
-                f"Circuit graphs held the latents, {kept} units of each layer and the cells of the image; edges are direct "
-                f"effects. Their modularity is that of the best Louvain partition less the mean of {nulls} graphs whose "
+                f"Circuit graphs held the latents, {kept} units of each layer and the cells of the image; edges are "
+                f"direct "
+                f"effects. Their modularity is that of the best Louvain partition less the mean of {nulls} graphs "
+                f"whose "
                 "weights were permuted within layers."
             )
     if any("recovered" in run.result for run in runs):
         members = [run for run in runs if "recovered" in run.result]
         images = differing(members, lambda run: run.result["recovered"]["trained"]["images"])
         said.append(
-            f"On data with a known causal graph, that graph was recovered from interventions on {images} images a cause, "
+            f"On data with a known causal graph, that graph was recovered from interventions on {images} images a "
+            f"cause, "
             "at the data and at the latents, and scored against the truth."
         )
     return said
@@ -267,7 +280,9 @@ def _metrics(runs: Sequence[Run]) -> list[str]:
 
 
 def _controls(runs: Sequence[Run]) -> list[str]:
-    said = ["Each model's twin, the same network with the same initial weights before its first step, was measured alike."]
+    said = [
+        "Each model's twin, the same network with the same initial weights before its first step, was measured alike."
+    ]
     draws = {entry["n"] for run in runs for entry in run.result["control"].get("permuted", {}).values() if "n" in entry}
     if draws:
         words = " or ".join(counted(n, "permutation") for n in sorted(draws))
@@ -278,7 +293,8 @@ def _controls(runs: Sequence[Run]) -> list[str]:
 def _statistics(runs: Sequence[Run]) -> list[str]:
     draws = {len(values) for run in runs for values in run.result["replicates"].values()}
     said = [
-        "Intervals are of 95 %. Over seeds they are Student's t intervals or, where every run has replicates of its images, "
+        "Intervals are of 95 %. Over seeds they are Student's t intervals or, where every run has replicates of its "
+        "images, "
         "hierarchical ones; the seed is the unit of replication."
     ]
     if draws:

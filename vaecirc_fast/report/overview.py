@@ -135,7 +135,9 @@ def reading(group: Group, metric: str) -> Reading | None:
         if cell is not None and cell.estimate is not None:
             return Reading(cell.estimate, False, True, cell.control, cell.permuted)
         values = [_entry(run.result, "trained", metric)["value"] for run in used]
-        controls = {s: over_seeds([e["value"] for e in found if e.get("value") is not None]) for s, found in states.items()}
+        controls = {
+            s: over_seeds([e["value"] for e in found if e.get("value") is not None]) for s, found in states.items()
+        }
         made = over_seeds(values)
         assert made is not None
         return Reading(made, False, True, controls["untrained"], controls["permuted"])
@@ -199,18 +201,21 @@ def _box(found: Reading | None, unit: str, near: Sequence[Reading], top: float =
         places = 0
     e = found.estimate
     shown = interval(e.low, e.high, places) if e.low != e.high else ""
-    controls = []
-    for control in (found.control, found.permuted):
-        if control is None:
-            controls.append("")
-            continue
-        least = places if not control.value else min(places + 2, max(places, decimals([control.value], 2)))
-        inner = interval(control.low, control.high, least) if control.low != control.high else ""
-        controls.append(f"{number(control.value, places if unit == 'latents' else least)} {inner}".strip())
+    untrained, permuted = (_control(control, unit, places) for control in (found.control, found.permuted))
     shade = round(SHADES * e.value / top) if found.trained and top > 0 and e.value > 0 else 0
     mark = "" if found.within else SIDES[side(e, found.control)]
     flag = "" if found.trained else "not trained"
-    return Box(number(e.value, places), "" if flag else shown, mark, *controls, flag, min(shade, SHADES))
+    return Box(number(e.value, places), "" if flag else shown, mark, untrained, permuted, flag, min(shade, SHADES))
+
+
+def _control(control: Estimate | None, unit: str, places: int) -> str:
+    """A control with its interval, in enough decimals for two digits: it may be far below what training leads to."""
+    if control is None:
+        return ""
+    if control.value and unit != "latents":
+        places = min(places + 2, max(places, decimals([control.value], 2)))
+    inner = interval(control.low, control.high, places) if control.low != control.high else ""
+    return f"{number(control.value, places)} {inner}".strip()
 
 
 def _label(group: Group) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
@@ -28,6 +27,7 @@ LIMIT = 2_850_000  # bytes of a page, about: below 3 MB
 DETAILED = 30  # configurations that figures show
 FEW = 12  # configurations up to which pictures keep their size and every graph stands beside its untrained twin
 SMALL = 48  # pixels of a picture beyond that
+SECTIONS = ("results", "training", "pictures", "inputs", "effects", "circuits", "recovered")
 
 # arXiv 2505.03530, first version, from its public text: disentanglement and effect, on that paper's own scale.
 YARDSTICKS = {"vae": ("VAE", ".064", "3.99"), "beta_vae": ("β-VAE", ".051", "3.43")}
@@ -59,12 +59,12 @@ def render(study: Study) -> str:
     data = list(dict.fromkeys(group.data for group in found))
     title = f"Causal effects of latents: {listed(data)}"
     stated, troubles = read_findings(study.directory)
-    detail = _detail(found, metrics, stated)
-    page = environment.get_template("page.html").render(
+    chosen = _chosen(found)
+    latents, mediation, left_out = _tables(found, chosen)
+    parts = dict(
         style=Markup((here / "page.css").read_text(encoding="utf-8")),
         title=title,
         abstract=abstract(study, found, places),
-        notes=[*study.notes, *troubles, *(f"{r.path.name}: {note}" for r in study.runs for note in r.notes), *detail.notes],
         settings=settings(study.runs),
         machines=machines(study.runs),
         metrics=[
@@ -83,10 +83,9 @@ def render(study: Study) -> str:
         recovered_notes=causal.left_out(causal.measured(found)),
         disentanglement=disentanglement.shown(found),
         inputs=inputs.blocks(inputs.measured(found)),
-        sections=detail.sections,
-        latents=detail.tables,
-        mediation=detail.mediation,
-        mediators=circuits.LATENTS if len(found) <= FEW else 1,
+        latents=latents,
+        mediation=mediation,
+        brief=len(chosen) > FEW,
         plans=sweep_plans(found[:DETAILED]),
         single=any(len(group.trained) == 1 for group in found),
         yardsticks=[
@@ -95,7 +94,13 @@ def render(study: Study) -> str:
             if name in YARDSTICKS
         ],
     )
-    return "".join(_unindented(page))
+    notes = [*study.notes, *troubles, *(f"{r.path.name}: {note}" for r in study.runs for note in r.notes)]
+    template = environment.get_template("page.html")
+    bare = "".join(_unindented(template.render(**parts, notes=notes, sections={name: [] for name in SECTIONS})))
+    every = itertools.chain(_related(found, stated), _figures(chosen, metrics))
+    sections, too_much = _fitting(every, LIMIT - len(bare.encode()))
+    notes += _left_out(found, chosen, [*too_much, *left_out])
+    return "".join(_unindented(template.render(**parts, notes=notes, sections=sections)))
 
 
 def _unindented(page: str) -> Iterator[str]:
@@ -119,58 +124,50 @@ def _resampled(study: Study) -> str:
     return f"{judged} images for reconstruction and MIG, the {swept} swept ones for CES and specificity"
 
 
-@dataclass(frozen=True)
-class Detail:
-    """What is shown of single runs: figures by section, with their numbers; tables of latents; notes on what is not."""
+def _tables(
+    found: Sequence[Group], chosen: Sequence[Group]
+) -> tuple[list[LatentTable], list[MediationTable], list[str]]:
+    """The tables of latents and of mediation of the configurations that are shown, as many as leave half of the page to
+    figures, and what is left out."""
+    runs = sum(len(group.runs) for group in found)
+    size = 800 * min(runs, ROWS) + 12_000 * min(len(found), disentanglement.MOST)  # of the other tables, about
+    tables = []
+    for table in map(latent_table, chosen):
+        size += 500 * len(table.rows)  # what a row takes as HTML, about
+        if size < LIMIT / 2:
+            tables.append(table)
+    mediation = []
+    having = circuits.measured(chosen)
+    for table in circuits.mediation_tables(having, len(chosen) > FEW):
+        size += 450 * sum(len(block.rows) for block in table.blocks)
+        if size < LIMIT / 2:
+            mediation.append(table)
+    left_out = ["tables of latents"] * (len(tables) < len(chosen))
+    return tables, mediation, left_out + ["tables of mediation"] * (len(mediation) < len(having))
 
-    sections: dict[str, list[tuple[int, Figure]]]
-    tables: list[LatentTable]
-    mediation: list[MediationTable]
-    notes: list[str]
+
+def _fitting(drawn: Iterable[tuple[str, Figure]], room: int) -> tuple[dict[str, list[tuple[int, Figure]]], list[str]]:
+    """Figures by section, numbered, as many as fit into `room` bytes, and the titles of the others."""
+    sections: dict[str, list[tuple[int, Figure]]] = {name: [] for name in SECTIONS}
+    left_out = []
+    for section, figure in drawn:
+        if figure.weight > room:
+            left_out.append(figure.title.rstrip("."))
+            continue
+        room -= figure.weight
+        sections[section].append((1 + sum(map(len, sections.values())), figure))
+    return sections, left_out
 
 
-def _detail(found: Sequence[Group], metrics: Mapping[str, tuple[str, str]], stated: Findings) -> Detail:
-    """The figures and the tables of latents, as many as fit on one page."""
-    chosen = _chosen(found)
-    by_data: dict[str, list[Group]] = {}
-    for group in chosen:
-        by_data.setdefault(group.data, []).append(group)
-    notes = []
+def _left_out(found: Sequence[Group], chosen: Sequence[Group], left_out: Sequence[str]) -> Iterator[str]:
+    """Notes on what the page does not show."""
     if len(chosen) < len(found):
-        notes.append(
+        yield (
             f"Figures and tables of single runs show {len(chosen)} of {len(found)} configurations, of each data set "
             "first one of each architecture; Tables 1 and 2 have them all."
         )
-    runs = sum(len(group.runs) for group in found)
-    tables, size = [], 1_300 * min(runs, ROWS) + 4_000 * len(found)  # what Tables 1 and 2 take, about
-    size += 9_000 * min(len(found), disentanglement.MOST)
-    for group in chosen:
-        table = latent_table(group)
-        size += 700 * len(table.rows)  # what a row takes as HTML, about
-        if size < LIMIT / 2:
-            tables.append(table)
-
-    mediation = []
-    latents = circuits.LATENTS if len(chosen) <= FEW else 1
-    for table in circuits.mediation_tables(circuits.measured(chosen), latents):
-        size += 1_200 * sum(len(block.rows) for block in table.blocks)
-        if size < LIMIT / 2:
-            mediation.append(table)
-
-    names = ("results", "training", "pictures", "inputs", "effects", "circuits", "recovered")
-    sections: dict[str, list[tuple[int, Figure]]] = {name: [] for name in names}
-    left_out = []
-    for section, figure in itertools.chain(_related(found, stated), _figures(by_data, chosen, metrics)):
-        if size + figure.weight > LIMIT:
-            left_out.append(figure.title.rstrip("."))
-            continue
-        size += figure.weight
-        sections[section].append((1 + sum(map(len, sections.values())), figure))
-    left_out += ["tables of latents"] * (len(tables) < len(chosen))
-    left_out += ["tables of mediation"] * (len(mediation) < len(circuits.measured(chosen)))
     if left_out:
-        notes.append(f"Left out to keep this page below 3 MB: {listed(left_out)}. The runs' directories hold the data.")
-    return Detail(sections, tables, mediation, notes)
+        yield f"Left out to keep this page below 3 MB: {listed(left_out)}. The runs' directories hold the data."
 
 
 def _chosen(found: Sequence[Group]) -> list[Group]:
@@ -189,7 +186,7 @@ def _chosen(found: Sequence[Group]) -> list[Group]:
 def _related(found: Sequence[Group], stated: Findings) -> Iterator[tuple[str, Figure]]:
     """Figures of all configurations together, for the section of results."""
     looks = relations.styles(found)
-    remarks = {group.data: stated.correlations(group.data) for group in found}
+    remarks = {group.data: stated.correlation(group.config["data"]) for group in found}
     remarks = {data: said for data, said in remarks.items() if said}
     made = (
         relations.effect_against_disentanglement(found, looks, remarks),
@@ -199,10 +196,11 @@ def _related(found: Sequence[Group], stated: Findings) -> Iterator[tuple[str, Fi
     yield from (("results", figure) for figure in made if figure is not None)
 
 
-def _figures(
-    by_data: Mapping[str, Sequence[Group]], chosen: Sequence[Group], metrics: Mapping[str, tuple[str, str]]
-) -> Iterator[tuple[str, Figure]]:
+def _figures(chosen: Sequence[Group], metrics: Mapping[str, tuple[str, str]]) -> Iterator[tuple[str, Figure]]:
     """Section and figure, in the order of the page."""
+    by_data: dict[str, list[Group]] = {}
+    for group in chosen:
+        by_data.setdefault(group.data, []).append(group)
     many = len(chosen) > FEW
     side = SMALL if many else None
     if any(group.trained for group in chosen) and not many:  # the overview has it all, in less room
@@ -219,7 +217,8 @@ def _figures(
         for data, members in by_data.items():
             yield "effects", make(data, members)
 
-    for make in (circuits.patching, circuits.mediators, functools.partial(circuits.graph, twins=not many)):
+    patching = functools.partial(circuits.patching, most=circuits.FEWER_UNITS if many else circuits.UNITS)
+    for make in (patching, circuits.mediators, functools.partial(circuits.graph, twins=not many)):
         for data, members in by_data.items():
             if having := circuits.measured(members):
                 yield "circuits", make(data, having)

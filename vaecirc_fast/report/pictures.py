@@ -1,4 +1,4 @@
-"""The picture figures of the page: reconstructions, traversals and maps of effects, as PNGs and JPEGs labelled in SVG."""
+"""The picture figures of the page: reconstructions, traversals, maps of effects; PNGs and JPEGs labelled in SVG."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .svg import SHADES, line, photo, picture, png, sequential_palette, tag, text
+from .svg import SHADES, photo, picture, png, sequential_palette, tag, text
 
 PALETTE = sequential_palette()
 WIDTH = 440.0
@@ -18,8 +18,8 @@ LABELS = 76.0  # room for the longest label, "z₁₀ inactive", so that the pan
 def sheet(images: np.ndarray) -> np.ndarray:
     """Images (rows, columns, C, H, W) uint8 side by side: (rows H', columns W') grey or (rows H', columns W', 3).
 
-    Small ones are enlarged, as not everything that shows a page keeps pixels square. No gaps: lines drawn over the sheet
-    part the images, and a JPEG of it has no edges that it would blur.
+    Small ones are enlarged, as not everything that shows a page keeps pixels square. Without gaps: lines drawn over the
+    sheet part the images, and a JPEG of it has no edges that it would blur.
     """
     images = enlarged(images, 40)
     rows, columns, channels, height, width = images.shape
@@ -63,7 +63,8 @@ def image_rows(
     top = 16.0 if heads else 2.0
     pixels = sheet(images)
     box = {"x": left, "y": top, "width": side * columns, "height": pitch * rows}
-    parts = [tag("image", href=photo(pixels), preserveAspectRatio="none", cls="pixels", **box)]
+    address = photo(pixels, 80 if max(tall, wide) > 48 else 72)
+    parts = [tag("image", href=address, preserveAspectRatio="none", cls="pixels", **box)]
     gaps = [f"M{left + side * c:.1f} {top:.0f}v{pitch * rows:.1f}" for c in range(1, columns)]
     gaps += [f"M{left:.0f} {top + pitch * r:.1f}h{side * columns:.1f}" for r in range(1, rows)]
     parts.append(tag("path", d="".join(gaps), stroke_width=max(1.5, side / 24), cls="gap") if gaps else "")
@@ -128,11 +129,11 @@ def matrix(
         parts.append(text(left - 8, y, name, "end", "label"))
         for c in range(across if width >= 22 else 0):
             value = values[r, c]
-            cls = "tick light" if shades[r, c] > 0.65 * SHADES else "tick dark"
+            cls = "n light" if shades[r, c] > 0.65 * SHADES else "n"
             places = 2 if value < 9.995 else 1
             words = f"{value:.{places}f}".replace("-", "−") if np.isfinite(value) else "–"
             words = words.lstrip("−") if not words.strip("−0.") else words
-            parts.append(text(left + (c + 0.5) * width, y, words, "middle", cls))
+            parts.append(text(left + (c + 0.5) * width, y, words, cls=cls))
     return picture("".join(parts), WIDTH, head + count * height + 2, what)
 
 
@@ -160,8 +161,8 @@ def strips(drawn: Sequence[Strip], rows: Sequence[str], top: float, what: str) -
         parts.append(tag("image", href=address, preserveAspectRatio="none", cls="pixels", **box))
         for r, name in enumerate(rows):
             parts.append(text(left - 8, y + height * (r + 0.5) + 3.6, name, "end", "tick"))
-            if r:
-                parts.append(line(left, y + height * r, WIDTH, y + height * r, "grid"))
+        between = "".join(f"M{left:.0f} {y + height * r:.1f}H{WIDTH:.0f}" for r in range(1, len(rows)))
+        parts.append(tag("path", d=between, cls="grid") if between else "")
         parts.append(tag("rect", cls="frame", **box))
         y += height * len(rows) + 7
     return picture("".join(parts), WIDTH, y, what)

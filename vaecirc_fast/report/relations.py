@@ -69,7 +69,8 @@ def effect_against_disentanglement(
     entries.append((Mark(0, 0, GREY, 0, small=True), "the same networks before training"))
     panels.append(Panel("Key", charts.marks_key(entries)))
     caption = Markup(
-        "Posterior CES, the mean over all latents, against DCI disentanglement. A point is a run; grey: the same network "
+        "Posterior CES, the mean over all latents, against DCI disentanglement. A point is a run; grey: the same "
+        "network "
         "before training, with its architecture's shape. Hollow: not trained, and in no correlation."
     ) + (" Under a panel: the correlation within its data set, as under Findings." if remarks else "")
     return Figure("ces-dci", "Effect against disentanglement.", caption, tuple(panels), narrow=True)
@@ -101,10 +102,13 @@ def capacity(groups: Sequence[Group], looks: Mapping[str, tuple[str, int]]) -> F
     panels, kinds = _panels(lines, looks, lambda data: "latents L", at=factors)
     if not panels:
         return None
-    panels.append(Panel("Key", charts.marks_key([(Mark(0, 0, *looks[kind]), architecture_name(kind)) for kind in kinds])))
+    panels.append(
+        Panel("Key", charts.marks_key([(Mark(0, 0, *looks[kind]), architecture_name(kind)) for kind in kinds]))
+    )
     said = "; ".join(f"{data}: {count}" for data, count in factors.items() if count)
     caption = Markup(
-        "Configurations that differ only in the number of latents <i>L</i>: means over trained seeds, or the one trained "
+        "Configurations that differ only in the number of latents <i>L</i>: means over trained seeds, or the one "
+        "trained "
         "run; whiskers: 95&nbsp;% intervals, over seeds or, of one seed, within the run."
     ) + (f" Upright line: as many latents as factors that vary ({said})." if said else "")
     return Figure("capacity", "Metrics against the number of latents.", caption, tuple(panels), narrow=True)
@@ -126,7 +130,9 @@ def strength(groups: Sequence[Group], looks: Mapping[str, tuple[str, int]]) -> F
         kinds |= shown
     if not panels:
         return None
-    panels.append(Panel("Key", charts.marks_key([(Mark(0, 0, *looks[kind]), architecture_name(kind)) for kind in kinds])))
+    panels.append(
+        Panel("Key", charts.marks_key([(Mark(0, 0, *looks[kind]), architecture_name(kind)) for kind in kinds]))
+    )
     caption = Markup(
         "Configurations of one architecture that differ only in one option, on a logarithmic axis: means over trained "
         "seeds, or the one trained run; whiskers as in the figure before."

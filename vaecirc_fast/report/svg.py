@@ -34,7 +34,9 @@ def tag(name: str, body: str = "", **attributes: Any) -> str:
 
 
 def text(x: float, y: float, words: str, anchor: str = "start", cls: str | None = None, **attributes: Any) -> str:
-    return tag("text", str(escape(words)), x=float(x), y=float(y), text_anchor=anchor, cls=cls, **attributes)
+    """Words at a place. `anchor`, "start", "middle" or "end", is a class: a page has thousands of words."""
+    cls = " ".join(name for name in (cls, {"middle": "mid", "end": "end"}.get(anchor)) if name) or None
+    return tag("text", str(escape(words)), x=float(x), y=float(y), cls=cls, **attributes)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, cls: str | None = None, **attributes: Any) -> str:

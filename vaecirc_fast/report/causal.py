@@ -104,7 +104,12 @@ def _drawn(run: Run, top: float, what: str) -> str:
             parts.append(text(x + (n + 0.5) * cell, head - 5, str(n + 1), "middle", "tick"))
             parts.append(line(x + n * cell, head + n * cell, x + (n + 1) * cell, head + (n + 1) * cell, "grid"))
         for a, b in zip(*np.nonzero(truth), strict=True):
-            frame: dict[str, Any] = {"x": x + b * cell + 1, "y": head + a * cell + 1, "width": cell - 2, "height": cell - 2}
+            frame: dict[str, Any] = {
+                "x": x + b * cell + 1,
+                "y": head + a * cell + 1,
+                "width": cell - 2,
+                "height": cell - 2,
+            }
             parts.append(tag("rect", cls="true", **frame))
         if k:
             for a, b in zip(*np.nonzero(edges), strict=True):

@@ -111,6 +111,12 @@ def overview(groups: Sequence[Group]) -> Overview | None:
     return Overview(sheets, by_data, by_kind, within, any(not r.within for r in found), reduced)
 
 
+def column(groups: Sequence[Group], metric: str) -> list[Box]:
+    """One metric of configurations of one data set, without shades."""
+    found = [reading(group, metric) for group in groups]
+    return [_box(r, _units(groups).get(metric, ""), [r for r in found if r is not None]) for r in found]
+
+
 def base(groups: Sequence[Group]) -> list[Group]:
     """Of each architecture on each data set the configuration of most seeds, the first of them."""
     best: dict[tuple[str, str], Group] = {}

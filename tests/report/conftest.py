@@ -41,7 +41,7 @@ class Page(HTMLParser):
         if self._table and tag in ("td", "th"):
             self._table[-1].append("")
             self._cell = self._table[-1]
-        if tag == "span" and self._cell is not None:
+        if tag in ("span", "small") and self._cell is not None:
             self._cell[-1] += " "
 
     def handle_startendtag(self, tag, attrs):

@@ -71,8 +71,9 @@ def test_elevations_are_visible(x):
 
 
 def test_azimuths_are_visible_also_from_the_opposite_side(x):
+    some = x[:, :, :, [0, 5]]
     for step in (1, 9):
-        assert changed(x, x.roll(step, 2)).min() >= 250
+        assert changed(some, some.roll(step, 2)).min() >= 250
 
 
 def test_lightings_are_visible(x):

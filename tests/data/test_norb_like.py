@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from vaecirc_fast.data import load
+from vaecirc_fast.data import load, norb_like
 from vaecirc_fast.data.norb_like import SHADOWS, TOYS, scene
 from vaecirc_fast.data.smallnorb import CATEGORIES, SmallNORB
 from vaecirc_fast.errors import InputError
@@ -51,6 +51,13 @@ def test_factors_out_of_range_are_refused(v):
 def test_indices_out_of_range_are_refused(indices):
     with pytest.raises(InputError, match="indices: "):
         DATA.images(indices)
+
+
+def test_the_tables_do_not_follow_the_default_device():
+    with torch.device("meta"):
+        tables = norb_like._tables.__wrapped__(torch.device("cpu"))
+    for name, table in norb_like._tables(torch.device("cpu")).items():
+        assert torch.equal(table, tables[name]) and table.dtype in (torch.float32, torch.int64)
 
 
 def test_an_image_is_the_same_in_every_batch():

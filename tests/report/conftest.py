@@ -41,7 +41,7 @@ class Page(HTMLParser):
         if self._table and tag in ("td", "th"):
             self._table[-1].append("")
             self._cell = self._table[-1]
-        if tag == "span" and self._cell is not None:
+        if tag in ("span", "small") and self._cell is not None:
             self._cell[-1] += " "
 
     def handle_startendtag(self, tag, attrs):
@@ -92,7 +92,8 @@ def small_study(out, **more):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     changes = {"steps": 20, "images": 100, "sweep_images": 8, "pairs": 8, "net": "mlp", "data": ["digits"], **more}
-    image.run(image.Config.preset("smoke", out=out, **changes), progress=False)
+    settings = {"data": ["digits"], "architectures": ["vae", "beta_vae"], "coverage": "all", "workers": 1} | changes
+    image.run(image.Config.preset("smoke", out=out, **settings), progress=False)
     torch.set_num_threads(threads)
     return out
 

@@ -212,7 +212,7 @@ def _triple(row: Mapping[str, Any], key: str) -> tuple[float | None, float | Non
 
 def _ces(run: Run, grid: str) -> dict[int, tuple[float | None, float | None, float | None]]:
     effects = run.effects(grid)
-    if effects is None:
+    if effects is None or "latent" not in effects.dims:  # channels of all codes have no row in the table of latents
         return {}
     return {int(r["latent"]): (r["ces"], r["low"], r["high"]) for r in effects.ces().to_dict("records")}
 

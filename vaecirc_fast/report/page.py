@@ -16,7 +16,7 @@ from .abstract import abstract, sizes
 from .aggregate import Group, definitions, groups
 from .circuits import MediationTable
 from .figures import Figure
-from .findings import Findings, read_findings
+from .claims import Findings, read_findings
 from .latents import quantised
 from .methods import methods
 from .overview import overview

@@ -1,4 +1,4 @@
-"""Training of every VAE of the family: its paper's updates, resumed to the bit, told the step and the data's size."""
+"""Training of every architecture: its paper's updates, resumed to the bit, told the step and the data's size."""
 
 import math
 
@@ -22,6 +22,7 @@ OPTIONS = {
     "beta_tcvae": {"beta": 3.0, "weights": "mss"},
     "dip_vae_i": {"lambda_od": 2.0, "lambda_d": 3.0},
     "dip_vae_ii": {"lambda_od": 2.0, "lambda_d": 3.0},
+    "vq_vae": {"codes": 6, "code_width": 2},  # its codebook moves within the loss, and is no parameter
 }
 
 

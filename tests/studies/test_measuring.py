@@ -88,9 +88,9 @@ SAME = ("reconstruction", "active", "mig", "ces_posterior", "ces_resample", "spe
 
 
 def test_the_unit_of_a_latent_changes_no_number_but_raw_ces():
-    """z_i -> a_i z_i, with the decoder compensated."""
+    """z_i -> a_i z_i, with the decoder compensated; by powers of two, so that trees see the same splits."""
     model, scaled = gaussian(), gaussian()
-    a = torch.tensor([2.0, -0.5, 8.0]).double()
+    a = torch.tensor([2.0, 0.5, 8.0]).double()
     with torch.no_grad():
         scaled.encoder.mu.weight *= a[:, None]
         scaled.encoder.mu.bias *= a
@@ -100,19 +100,7 @@ def test_the_unit_of_a_latent_changes_no_number_but_raw_ces():
     close(values(one.metrics), values(two.metrics), SAME)
     assert one.metrics["ces_raw"]["value"] != pytest.approx(two.metrics["ces_raw"]["value"], rel=0.01)
     assert torch.tensor(inputs["latents"]["effect"]).allclose(torch.tensor(inputs_two["latents"]["effect"]), rtol=1e-4)
-    close(table, table_two, ("modularity", "gaussian_total_correlation"), 1e-4)
-
-
-def test_the_unit_of_a_latent_changes_no_importance():
-    """Of powers of two, whose products with codes are exact: trees see the same order of the same splits."""
-    model, scaled = gaussian(), gaussian()
-    a = torch.tensor([2.0, 0.5, 8.0]).double()
-    with torch.no_grad():
-        scaled.encoder.mu.weight *= a[:, None]
-        scaled.encoder.mu.bias *= a
-        scaled.decoder.fc1.weight /= a
-    tables = [everything(m)[2] for m in (model, scaled)]
-    close(*tables, [n for n in tables[0] if n.startswith("dci")], 1e-9)
+    close(table, table_two, ("modularity", "gaussian_total_correlation", *(n for n in table if n.startswith("dci"))), 1e-4)
 
 
 def test_the_order_of_latents_is_that_of_the_rows_alone():
@@ -219,13 +207,13 @@ def test_resampling_a_slot_takes_its_code_from_another_image(measured):
 
     codes = planted().encode(judged_images(DS, 49, 5).x[:12])
     donors = grids.make("resample", torch.zeros(12, L), None, 5).donors
-    base = planted().decode(codes.z_q)
+    base = planted().decode(codes.z_q).detach()
     for p in range(L):
         found = []
         for n, s in itertools.product(range(12), range(4)):
             z = codes.z_q[n].clone()
             z[:, p] = codes.z_q[donors[n, s], :, p]
-            found.append(float((planted().decode(z[None])[0] - base[n]).abs().mean()))
+            found.append(float((planted().decode(z[None])[0].detach() - base[n]).abs().mean()))
         assert measured.latents[p]["ces_resample"] == pytest.approx(sum(found) / len(found), rel=1e-5, abs=1e-9)
 
 

@@ -14,7 +14,7 @@ from .. import metrics
 from ..data import Dataset
 from ..errors import InputError
 from ..groups import mosaic
-from ..interventions import direct_edges, mediate, patch_sweep, run_with_cache
+from ..interventions import direct_edges, mediate, patch, patch_sweep, run_with_cache
 from ..interventions.mediation import TERMS, Mediation
 from ..metrics.causal import REPLICATES
 from ..metrics.statistics import resampled_interval, resampling_weights
@@ -222,6 +222,8 @@ def circuit_graph_of(model: Any, ds: Dataset, *, pairs: int, units: int, seed: i
     codes = subject.encode(x)
     z = codes.z_q if subject.quantised else codes[0]
     try:
+        if not isinstance(subject.module, ImageModel):
+            _check_chain(subject, z[:pairs], z[pairs:])
         layers, measured = _direct_effects(subject, z[:pairs], z[pairs:])
     except InputError as error:
         if isinstance(subject.module, ImageModel):
@@ -301,6 +303,20 @@ def _direct_effects(subject: Subject, z: Tensor, others: Tensor) -> tuple[dict[s
     w = in_sd(P.tensor.T.double(), change.double(), _sd(a).double(), child_sd, "l1")
     layers["cells"], edges[parent, "cells"] = len(cells), w.cpu()
     return layers, edges
+
+
+def _check_chain(subject: Subject, z: Tensor, others: Tensor) -> None:
+    """InputError unless all that reaches the output of a decoder from elsewhere goes through each of its layers: what
+    one of them reads, taken from other codes, then gives the output of those."""
+    decoder = subject.decoder
+    inputs = [f"{name}.input" for name in subject.chain]
+    after, cache = run_with_cache(decoder, others, inputs)
+    for site in inputs:
+        forced = patch(decoder, z, {site: cache})
+        off = float((forced - after).abs().max())
+        if off > 1e-4 * float(after.abs().max()):
+            name = subject.shown(site.removesuffix(".input"))
+            raise InputError(f"decoder: something goes past {name}, so its layers are no chain to draw a graph of")
 
 
 def _slot_edges(decoder: nn.Module, site: str, z: Tensor, others: Tensor, after: Tensor) -> Tensor:

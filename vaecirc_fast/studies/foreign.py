@@ -119,6 +119,8 @@ class Foreign(nn.Module):
         ramp = torch.linspace(0, 1, 2 * math.prod(self.shape), device=like.device, dtype=like.dtype)
         x = ramp.view(2, *self.shape)
         mu, _ = self.encode(x)
+        if not bool(mu.isfinite().all()):
+            raise InputError("model: encode gave NaN or infinity")
         self.width = mu.shape[1]
         before = called_layers(self, lambda: self.encode(x))
         # heads are called last and give L numbers each: they are the latents, or their log-variances

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..ops.vq_assign import Assigned, vq_assign
 from .codes import Codes
-from .image_model import ImageModel, check_count, check_positive
+from .image_model import ImageModel, check_count, check_positive, positive
 from .likelihoods import at_least_float32
 from .networks import SLOT_NETS
 
@@ -29,10 +30,10 @@ class Usage(NamedTuple):
 class VQVAE(ImageModel):
     """z_e = encoder(x), L slots of D channels; z_q the nearest code of each slot; y = g(z_q) the likelihood's mean.
 
-    Latent p is slot p. `codes` K >= 2; `code_width` D; `commitment` > 0 weighs |z_e - z_q|^2, the gradient of which goes
-    to the encoder alone; the gradient of z_q goes to z_e unchanged. The codebook is no parameter: in training mode
-    each call of `loss` moves it by moving averages of `decay` (see `Quantiser`). `reseed`: whether dead codes are drawn
-    anew from the batch. The other arguments are `ImageModel`'s.
+    Latent p is slot p. `codes` K >= 2; `code_width` D; `commitment` > 0 weighs |z_e - z_q|^2, whose gradient goes to
+    the encoder alone; that of z_q goes to z_e unchanged. The codebook is no parameter: in training mode each call of
+    `loss` moves it by moving averages of `decay` (see `Quantiser`). `reseed`: whether dead codes are drawn anew from
+    the batch. The other arguments are `ImageModel`'s.
     """
 
     name = "vq_vae"
@@ -43,7 +44,7 @@ class VQVAE(ImageModel):
         latents: int = 10,
         *,
         codes: int = 512,
-        code_width: int = 16,
+        code_width: int = 8,
         commitment: float = 0.25,
         decay: float = 0.99,
         reseed: bool = True,
@@ -54,10 +55,10 @@ class VQVAE(ImageModel):
     ):
         super().__init__(shape, latents, net=net, likelihood=likelihood, width=width, trials=trials)
         check_positive("commitment", commitment)
-        check_count("code_width", code_width)
         encoder, decoder = SLOT_NETS[net]
+        quantiser = Quantiser(codes, code_width, decay, reseed)
         self.encoder = encoder(self.shape, latents, code_width, width)
-        self.quantiser = Quantiser(codes, code_width, decay, reseed)
+        self.quantiser = quantiser
         self.decoder = decoder(self.shape, latents * code_width, likelihood, width)
         self.commitment = commitment
 
@@ -82,7 +83,7 @@ class VQVAE(ImageModel):
         """The codes of x (B, C, H, W): indices (B, L) int64, z_e and z_q (B, D, L), float32 also under autocast."""
         self.check_images(x)
         z_e = at_least_float32(self.encoder(x))
-        indices = self.quantiser.nearest(z_e)
+        indices = self.quantiser.assign(z_e).indices
         return Codes(indices, z_e, self.quantiser(z_e, indices))
 
     def decode(self, z: Tensor) -> Tensor:
@@ -102,13 +103,14 @@ class VQVAE(ImageModel):
     def objective(self, x: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
         """ "reconstruction", in nats per image, and "commitment": `commitment` times the sum over slots and channels of
         (z_e - z_q)^2, in squared units of the code space per image. In training mode the codebook moves afterwards."""
-        codes = self.encode(x)
+        z_e = at_least_float32(self.encoder(x))
+        found = self.quantiser.assign(z_e, totals=self.training)
         terms = {
-            "reconstruction": self.reconstruction(x, self.decoder.logits(codes.z_q)),
-            "commitment": self.commitment * (codes.z_e - codes.z_q.detach()).square().sum() / len(x),
+            "reconstruction": self.reconstruction(x, self.decoder.logits(found.z_q.transpose(1, 2))),
+            "commitment": self.commitment * found.distance.sum() / len(x),
         }
         if self.training:
-            self.quantiser.update(codes.z_e, codes.indices, generator)
+            self.quantiser.update(z_e, found, generator)
         return terms
 
     @torch.no_grad()
@@ -140,11 +142,10 @@ class Quantiser(nn.Module):
 
     def __init__(self, codes: int, width: int, decay: float = 0.99, reseed: bool = True):
         super().__init__()
-        check_count("codes", codes)
-        if codes < 2:
-            raise InputError(f"codes: expected at least 2, got {codes}")
-        check_positive("decay", decay)
-        if decay >= 1:
+        if not isinstance(codes, int) or isinstance(codes, bool) or codes < 2:
+            raise InputError(f"codes: expected an integer of at least 2, got {codes!r}")
+        check_count("code_width", width)
+        if not positive(decay) or decay >= 1:
             raise InputError(f"decay: expected a number between 0 and 1, got {decay!r}")
         if not isinstance(reseed, bool):
             raise InputError(f"reseed: expected True or False, got {reseed!r}")
@@ -158,34 +159,32 @@ class Quantiser(nn.Module):
     def forward(self, z_e: Tensor, indices: Tensor | None = None) -> Tensor:
         """z_q, of `indices` (B, L) where they are known already. Its gradient is that of z_e."""
         if indices is None:
-            indices = self.nearest(z_e)
-        z_q = self.codebook[indices].transpose(1, 2).to(z_e.dtype)
+            return self.assign(z_e).z_q.transpose(1, 2)
+        z_q = self.codebook.to(z_e.dtype)[indices].transpose(1, 2)
         return z_q + (z_e - z_e.detach())  # adds 0, exactly
 
-    @torch.no_grad()
-    def nearest(self, z_e: Tensor) -> Tensor:
-        """Indices (B, L) int64."""
-        with torch.autocast(z_e.device.type, enabled=False):
-            book = self.codebook.to(z_e.dtype)
-            scores = book.square().sum(1) / 2 - z_e.transpose(1, 2) @ book.T
-            return scores.argmin(2)
+    def assign(self, z_e: Tensor, totals: bool = False) -> Assigned:
+        """The codes of z_e (B, D, L), its channels moved last: see `vq_assign`. The codebook is a constant."""
+        return vq_assign(z_e.transpose(1, 2), self.codebook.to(z_e.dtype), totals=totals)
 
     @torch.no_grad()
-    def update(self, z_e: Tensor, indices: Tensor, generator: torch.Generator | None = None) -> None:
-        """Move the codebook towards z_e (B, D, L), whose codes are `indices` (B, L)."""
-        z = z_e.transpose(1, 2).flatten(0, 1).to(self.codebook.dtype)
-        used = torch.zeros_like(self.counts).index_add_(0, indices.flatten(), torch.ones_like(z[:, 0]))
-        sums = torch.zeros_like(self.sums).index_add_(0, indices.flatten(), z)
-        self.counts.lerp_(used, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
-        total = self.counts.sum()
+    def update(self, z_e: Tensor, found: Assigned, generator: torch.Generator | None = None) -> None:
+        """Move the codebook towards z_e (B, D, L), of which `found` are the codes, with totals.
+
+        What is drawn from the batch, where codes are dead, is drawn on the generator's device (that of z_e if None).
+        """
+        assert found.counts is not None and found.sums is not None
+        size = len(self.codebook)
+        self.counts.lerp_(found.counts.to(self.counts), 1 - self.decay)
+        self.sums.lerp_(found.sums.to(self.sums), 1 - self.decay)
         if self.reseed:
+            z = z_e.transpose(1, 2).flatten(0, 1)
             device = z.device if generator is None else generator.device
             rows = torch.randperm(len(z), generator=generator, device=device).to(z.device)
-            drawn = z[rows[torch.arange(len(self.counts), device=z.device) % len(z)]]
-            dead = self.counts < DEAD * total / len(self.counts)
+            drawn = z[rows[torch.arange(size, device=z.device) % len(z)]].to(self.sums)
+            dead = self.counts < DEAD * self.counts.sum() / size
             self.counts.masked_fill_(dead, 1)
             self.sums.copy_(torch.where(dead[:, None], drawn, self.sums))
-            total = self.counts.sum()
-        smoothed = (self.counts + SMOOTHING) / (total + len(self.counts) * SMOOTHING) * total
+        total = self.counts.sum()
+        smoothed = (self.counts + SMOOTHING) / (total + size * SMOOTHING) * total
         self.codebook.copy_(self.sums / smoothed[:, None])

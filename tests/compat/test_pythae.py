@@ -44,5 +44,5 @@ def test_reconstruction_is_that_of_pythae():
 def test_quantised_codes_are_refused():
     ds = vf.data.load("digits")
     model = pythae.VQVAE(pythae.VQVAEConfig(input_dim=ds.shape, latent_dim=3))
-    with pytest.raises(InputError, match="model: "):
+    with pytest.raises(InputError, match="model: VQVAE quantises its codes"):
         vf.studies.measure_model(model, ds, **SMALL)

@@ -292,7 +292,8 @@ def test_every_architecture_is_measured_whole(name):
     ds = data.load("digits")
     torch.manual_seed(2)
     model, twin = (models.build(name, ds.shape, L, net="mlp", width=0.1) for _ in range(2))
-    protocol = Protocol(images=40, sweep_images=6, pairs=6, circuit_pairs=3, circuit_units=4, battery="none", seed=1)
+    pairs = 3 if name in ("vae", "vq_vae") else 0  # the others have the VAE's layers
+    protocol = Protocol(images=40, sweep_images=6, pairs=6, circuit_pairs=pairs, circuit_units=4, battery="none", seed=1)
     found = examine(model, twin, ds, protocol, progress=False)
     result = found.result
     names = set(result["definitions"])
@@ -300,8 +301,9 @@ def test_every_architecture_is_measured_whole(name):
     assert len(result["latents"]) == L and {"latent", "active"} <= result["latents"][0].keys()
     assert set(found.effects) >= {"fixed", "posterior", "resample"}
     assert found.pictures["traversals"].shape == (7 * L, *ds.shape)
-    again = examine(model, twin, ds, protocol, progress=False)
-    assert again.result == result  # the twin's numbers, kept from before, too
+    if name == "vae":
+        again = examine(model, twin, ds, protocol, progress=False)
+        assert again.result == result and again.seconds["untrained"] < found.seconds["untrained"] / 2
 
 
 def test_the_mean_image_is_that_of_the_images_that_are_reconstructed():

@@ -184,7 +184,7 @@ def _kept(model: nn.Module, ds: Dataset, protocol: Protocol, part: str, make: Ca
     for name, tensor in model.state_dict().items():
         if name.split(".")[0] in ("encoder", "decoder", "quantiser", "model"):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     digest.update(repr((getattr(model, "likelihood", ""), getattr(model, "sigma", None))).encode())
     key = (id(ds), ds.name, ds.contents, protocol, part, digest.hexdigest())
     if key not in _CONTROLS:
@@ -311,7 +311,7 @@ def measure_model(
     left_out |= examined.result.get("circuits", {}).get("left_out", {})
     weights = hashlib.blake2b(digest_size=8)
     for key, tensor in model.state_dict().items():
-        weights.update(key.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        weights.update(key.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     config = {
         "study": "image",
         "data": ds.name,

@@ -57,6 +57,11 @@ def _functions(model: nn.Module) -> tuple[Any, Any]:
     for names in (("encode", "decode"), ("encoder", "decoder")):
         found = tuple(getattr(model, name, None) for name in names)
         if all(map(callable, found)):
+            if names[0] == "encoder" and any(hasattr(model, name) for name in ("quantizer", "quantiser")):
+                raise InputError(
+                    f"model: {type(model).__name__} quantises its codes between encoder and decoder; of such models only "
+                    "vf.models' own VQ-VAE can be measured"
+                )
             return found
     return None, None
 

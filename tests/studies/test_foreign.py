@@ -86,7 +86,10 @@ def test_codes_without_variances_have_no_noise():
         ("nan", "model: encode gave NaN or infinity"),
         ("broken", "model: decode gave NaN or infinity"),
         ("cut", r"model: expected decode\(z\) to give images \(B = 2, 1, 8, 8\), got torch.float32 \(2, 1, 8, 7\)"),
-        ("logits", r"model: the bernoulli likelihood needs means in \[0, 1\], decode gave .*; say likelihood='gaussian'"),
+        (
+            "logits",
+            r"model: the bernoulli likelihood needs means in \[0, 1\], decode gave .*; say likelihood='gaussian'",
+        ),
     ],
 )
 def test_what_a_model_gives_is_checked_before_it_is_measured(answer, message):

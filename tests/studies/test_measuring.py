@@ -100,7 +100,9 @@ def test_the_unit_of_a_latent_changes_no_number_but_raw_ces():
     close(values(one.metrics), values(two.metrics), SAME)
     assert one.metrics["ces_raw"]["value"] != pytest.approx(two.metrics["ces_raw"]["value"], rel=0.01)
     assert torch.tensor(inputs["latents"]["effect"]).allclose(torch.tensor(inputs_two["latents"]["effect"]), rtol=1e-4)
-    close(table, table_two, ("modularity", "gaussian_total_correlation", *(n for n in table if n.startswith("dci"))), 1e-4)
+    close(
+        table, table_two, ("modularity", "gaussian_total_correlation", *(n for n in table if n.startswith("dci"))), 1e-4
+    )
 
 
 def test_the_order_of_latents_is_that_of_the_rows_alone():
@@ -155,7 +157,9 @@ def test_the_order_of_slots_is_that_of_the_rows_alone():
 
 def planted():
     """Slot 0 holds the left half's brightness, slot 1 the right one's, slot 2 nothing: seven codes on a line."""
-    model = models.build("vq_vae", DS.shape, L, net="mlp", likelihood="gaussian", width=5 / 256, codes=VALUES, code_width=2)
+    model = models.build(
+        "vq_vae", DS.shape, L, net="mlp", likelihood="gaussian", width=5 / 256, codes=VALUES, code_width=2
+    )
     halves = torch.zeros(2, SIDE, SIDE)
     halves[0, :, : SIDE // 2] = halves[1, :, SIDE // 2 :] = 1
     with torch.no_grad():
@@ -178,9 +182,13 @@ def measured():
 
 
 def test_strengths_of_planted_codes_are_their_closed_forms(measured):
-    """A neighbour is one step of brightness off, two at an end; half of the image changes by it, in two of three slots."""
+    """A neighbour is one step of brightness off, two at an end; half of the image changes by it."""
     assert measured.metrics["reconstruction"]["value"] == pytest.approx(0, abs=1e-9)
-    assert measured.metrics["active"]["value"] == 2 and [row["active"] for row in measured.latents] == [True, True, False]
+    assert measured.metrics["active"]["value"] == 2 and [row["active"] for row in measured.latents] == [
+        True,
+        True,
+        False,
+    ]
     x = judged_images(DS, 49, 5).x[:12, 0, 0]
     brightness = torch.stack([x[:, 0], x[:, -1], torch.zeros(12)], 1)
     steps = (torch.arange(VALUES) / (VALUES - 1) - brightness[..., None]).abs().sort().values[..., 1:5]
@@ -293,7 +301,9 @@ def test_every_architecture_is_measured_whole(name):
     torch.manual_seed(2)
     model, twin = (models.build(name, ds.shape, L, net="mlp", width=0.1) for _ in range(2))
     pairs = 3 if name in ("vae", "vq_vae") else 0  # the others have the VAE's layers
-    protocol = Protocol(images=40, sweep_images=6, pairs=6, circuit_pairs=pairs, circuit_units=4, battery="none", seed=1)
+    protocol = Protocol(
+        images=40, sweep_images=6, pairs=6, circuit_pairs=pairs, circuit_units=4, battery="none", seed=1
+    )
     found = examine(model, twin, ds, protocol, progress=False)
     result = found.result
     names = set(result["definitions"])

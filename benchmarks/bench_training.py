@@ -20,7 +20,7 @@ def _loop(net: str, *, bf16: bool = False, compiled: bool = False) -> Callable[[
     """STEPS updates in plain torch: the same model, data and objective, Adam with its defaults."""
     torch.manual_seed(0)
     ds = vf.data.load("dsprites")
-    model = vf.models.build("vae", ds.shape, net=net).to(DEVICE)
+    model = vf.models.VAE(ds.shape, net=net).to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(0)
 
@@ -49,7 +49,7 @@ def _fit(net: str, precision: str) -> Callable[[], None]:
     """One whole call of `fit`, with its checks, its optimizer made anew and the model's layout changed and restored."""
     torch.manual_seed(0)
     ds = vf.data.load("dsprites")
-    model = vf.models.build("vae", ds.shape, net=net).to(DEVICE)
+    model = vf.models.VAE(ds.shape, net=net).to(DEVICE)
 
     def call() -> None:
         vf.training.fit(model, ds, steps=STEPS, batch_size=BATCH, precision=precision, progress=False)

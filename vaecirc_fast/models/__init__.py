@@ -11,12 +11,13 @@ import torch
 from .._tensor_files import read_tensors, write_tensors
 from ..errors import InputError
 from .beta_vae import BetaVAE
+from .image_model import ImageModel
 from .likelihoods import kl_divergence
 from .vae import VAE
 
-__all__ = ["VAE", "BetaVAE", "build", "kl_divergence", "load", "names", "save"]
+__all__ = ["VAE", "BetaVAE", "ImageModel", "build", "kl_divergence", "load", "names", "save"]
 
-_MODELS: dict[str, type[VAE]] = {model.name: model for model in (VAE, BetaVAE)}
+_MODELS: dict[str, type[ImageModel]] = {model.name: model for model in (VAE, BetaVAE)}
 
 
 def names() -> tuple[str, ...]:
@@ -32,7 +33,7 @@ def build(
     net: str = "conv",
     likelihood: str = "bernoulli",
     **options: Any,
-) -> VAE:
+) -> ImageModel:
     """A new model for images of `shape` (C, H, W) with `latents` latents, float32 on the CPU.
 
     `net`: "conv" or "mlp"; `likelihood`: "bernoulli" or "gaussian"; `options` are those of the class: `width`,
@@ -48,12 +49,12 @@ def build(
     return model(shape, latents, net=net, likelihood=likelihood, **options)
 
 
-def save(model: VAE, path: str | Path) -> None:
+def save(model: ImageModel, path: str | Path) -> None:
     """Write `model` to one safetensors file, atomically: the weights, and `config()` to build it from."""
     write_tensors(Path(path), "model", model.state_dict(), {"config": model.config()})
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> VAE:
+def load(path: str | Path, device: str | torch.device = "cpu") -> ImageModel:
     """The model that `save` wrote, in eval mode on `device`; InputError for a damaged, cut or foreign file."""
     tensors, header = read_tensors(Path(path), "model", "save the model again")
     try:

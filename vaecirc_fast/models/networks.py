@@ -82,7 +82,7 @@ class MLPEncoder(nn.Module):
         return self.mu(h), self.logvar(h)
 
 
-class _Decoder(nn.Module):
+class Decoder(nn.Module):
     """z (B, L) -> the likelihood's mean (B, C, H, W); `logits(z)` is the value before the link, `link` its name."""
 
     def __init__(self, shape: tuple[int, int, int], likelihood: str):
@@ -102,7 +102,7 @@ class _Decoder(nn.Module):
         return LIKELIHOODS[self.likelihood].mean(self.logits(z))
 
 
-class ConvDecoder(_Decoder):
+class ConvDecoder(Decoder):
     """fc1 (256), fc2 (64 x base grid), ct1..ctn: transposed convolutions of kernel 4, stride 2, padding 1.
 
     Channels 64, 32, 32, C; fewer stages take the last n, more repeat 64 in front. The canvas is cropped to (H, W).
@@ -132,7 +132,7 @@ class ConvDecoder(_Decoder):
         return y[..., : self.shape[1], : self.shape[2]]
 
 
-class MLPDecoder(_Decoder):
+class MLPDecoder(Decoder):
     """fc1..fc4: L -> 256 -> 256 -> 256 -> P, with P = C H W."""
 
     def __init__(self, shape: tuple[int, int, int], latents: int, likelihood: str = "bernoulli", width: float = 1.0):

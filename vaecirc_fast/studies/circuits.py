@@ -17,7 +17,7 @@ from ..interventions import direct_edges, mediate, patch_sweep, run_with_cache
 from ..interventions.mediation import TERMS, Mediation
 from ..metrics.causal import REPLICATES
 from ..metrics.statistics import resampled_interval, resampling_weights
-from ..models import VAE
+from ..models import ImageModel
 from ..ops.direct_edges import in_sd
 from .manipulation import varied_pairs
 
@@ -65,7 +65,7 @@ class Graph:
 
 @torch.no_grad()
 def find_circuits(
-    model: VAE, untrained: VAE, ds: Dataset, *, pairs: int, units: int, active: list[int], seed: int
+    model: ImageModel, untrained: ImageModel, ds: Dataset, *, pairs: int, units: int, active: list[int], seed: int
 ) -> Circuits:
     """Patch every unit of `patched_sites`, mediate through each of the `active` latents (all if there are none), and
     draw up the circuit graph of the model and of its untrained twin, with `units` units a layer.
@@ -117,7 +117,7 @@ def _strongest_unit(patched: dict[str, Any], site: str) -> str:
     return f"{site}[{patched['units'][max(at, key=lambda u: float(patched['effect'][u]))]}]"
 
 
-def patched_sites(model: VAE) -> list[str]:
+def patched_sites(model: ImageModel) -> list[str]:
     """Where units are patched: of the encoder's convolutions the last and every second before it (those in front are
     the dearest), or its hidden layers; the means of the latents; the decoder's layers before the last, but of a
     convolutional decoder not those that make its first grid."""
@@ -131,7 +131,7 @@ def patched_sites(model: VAE) -> list[str]:
     return [*(f"encoder.{name}" for name in before), HEAD, *(f"decoder.{name}" for name in after)]
 
 
-def _middle_site(model: VAE) -> str:
+def _middle_site(model: ImageModel) -> str:
     """The decoder's first patched site, of which a unit is a mediator beside the latents."""
     return next(site for site in patched_sites(model) if site.startswith("decoder."))
 
@@ -140,7 +140,7 @@ def _layers(module: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in module.named_children() if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)}
 
 
-def _patched(model: VAE, base: Tensor, source: Tensor, seed: int) -> dict[str, Any]:
+def _patched(model: ImageModel, base: Tensor, source: Tensor, seed: int) -> dict[str, Any]:
     """Effects (U,) of all units with bounds, the sites and numbers of the units, and the whole change."""
     P = patch_sweep(model, base, source, patched_sites(model), effect="l1", seed=seed)
     table = P.to_dataframe()
@@ -164,7 +164,7 @@ def _patched(model: VAE, base: Tensor, source: Tensor, seed: int) -> dict[str, A
 class _Toward(nn.Module):
     """(x, way) -> (B, 1): the output for x, added up along `way`, (B, C, H, W)."""
 
-    def __init__(self, model: VAE):
+    def __init__(self, model: ImageModel):
         super().__init__()
         self.model = model
 
@@ -172,7 +172,9 @@ class _Toward(nn.Module):
         return (self.model(x) * way).flatten(1).sum(1, keepdim=True)
 
 
-def _mediated(model: VAE, base: Tensor, source: Tensor, active: list[int], unit: str, seed: int) -> dict[str, Any]:
+def _mediated(
+    model: ImageModel, base: Tensor, source: Tensor, active: list[int], unit: str, seed: int
+) -> dict[str, Any]:
     """TE and a row of terms for each active latent and for `unit`, a site of the decoder with a number.
 
     The outcome of a pair is the mean over pixels of y sign(y(x1) - y(x0)): how far y has gone from the base's output
@@ -208,7 +210,7 @@ def _terms(M: Mediation, bounds: dict[str, tuple[Tensor, Tensor]], n: int) -> di
 
 
 @torch.no_grad()
-def circuit_graph_of(model: VAE, ds: Dataset, *, pairs: int, units: int, seed: int) -> Graph:
+def circuit_graph_of(model: ImageModel, ds: Dataset, *, pairs: int, units: int, seed: int) -> Graph:
     """The graph of direct effects of the decoder and its circuit modularity, over `pairs` pairs of images.
 
     Nodes: the latents; of every layer before the last the `units` units, features or channels, through which paths of

@@ -39,7 +39,7 @@ def half_frozen(model: nn.Module, seed: int, anew: str) -> Any:
     return twin
 
 
-def of_constant_sigma(model: models.VAE, sigma: Tensor, seed: int) -> models.VAE:
+def of_constant_sigma(model: models.ImageModel, sigma: Tensor, seed: int) -> models.ImageModel:
     """A new model of the same architecture, to be trained, whose posterior has the standard deviations `sigma` (L,)."""
     if "sigma" not in inspect.signature(type(model)).parameters:
         raise InputError(f"constant sigma: {type(model).__name__} has no option sigma; leave this control out")

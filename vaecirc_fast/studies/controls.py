@@ -299,14 +299,14 @@ def _checked(
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "encode") or not hasattr(model, "decode"):
         raise InputError(f"model: expected a module with encode and decode, got {type(model).__name__}")
     training_needed = [control for control in wanted if control in STABILITY]
-    if training_needed and not isinstance(model, models.VAE):
+    if training_needed and not isinstance(model, models.ImageModel):
         raise InputError(
             f"model: {', '.join(training_needed)} train one of models.build, got {type(model).__name__}; "
             f"pass only={NULLS} for the null controls alone"
         )
-    if isinstance(model, models.VAE) and training_needed:
+    if isinstance(model, models.ImageModel) and training_needed:
         checked_settings(model, ds, schedule="constant", warmup=0, **settings)
-    if isinstance(model, models.VAE) and tuple(model.shape) != tuple(ds.shape):
+    if isinstance(model, models.ImageModel) and tuple(model.shape) != tuple(ds.shape):
         raise InputError(f"model: is for images {tuple(model.shape)}, but data set {ds.name!r} has {tuple(ds.shape)}")
 
 

@@ -16,7 +16,7 @@ from ..data import Dataset
 from ..metrics import Encoded
 from ..metrics.battery import METRICS
 from ..metrics.statistics import prediction_interval
-from ..models import VAE
+from ..models import ImageModel
 from .control_models import unit_wise_order
 from .measuring import PERMUTATIONS, plain
 
@@ -94,7 +94,7 @@ def disentanglement(trained: Encoded, untrained: Encoded, seed: int) -> Disentan
     )
 
 
-def encoded_grid(model: VAE, ds: Dataset, progress: bool) -> Encoded:
+def encoded_grid(model: ImageModel, ds: Dataset, progress: bool) -> Encoded:
     """The codes of every image of the data set."""
     with torch.no_grad():
         return metrics.encode_grid(model, ds, progress=progress)

@@ -235,7 +235,7 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
     }
 
 
-def build(c: Mapping[str, Any], ds: data.Dataset, device: torch.device) -> models.VAE:
+def build(c: Mapping[str, Any], ds: data.Dataset, device: torch.device) -> models.ImageModel:
     """The run's model as it is before training; its untrained control too."""
     torch.manual_seed(c["seed"])
     options = {"latents": c["latents"], "net": c["net"], "likelihood": ds.likelihood, "trials": ds.trials}

@@ -12,14 +12,14 @@ from ..interventions import InputEffects, factor_pairs, input_effects, mask_regi
 from ..metrics import assignment, isolation, polysemanticity
 from ..metrics.statistics import resampled_interval
 from ..metrics.units import MONOSEMANTIC
-from ..models import VAE
+from ..models import ImageModel
 
 SITES = ("encoder.*",)
 HEAD = "encoder.mu"
 
 
 @torch.no_grad()
-def manipulate(model: VAE, ds: Dataset, *, pairs: int, seed: int) -> dict[str, Any]:
+def manipulate(model: ImageModel, ds: Dataset, *, pairs: int, seed: int) -> dict[str, Any]:
     """Vary each factor of `pairs` images alone (or mask each quadrant, where factors do not determine the image).
 
     Returns plain values: kind ("factors" or "regions"), pairs, variants; per site the number of units, the median

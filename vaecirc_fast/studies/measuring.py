@@ -13,7 +13,7 @@ from .. import metrics
 from ..data import Dataset
 from ..groups import Groups, mosaic
 from ..interventions import Effects, latent_sweep
-from ..models import VAE
+from ..models import ImageModel
 from .control_metrics import exchanged_specificity
 from .control_models import unit_wise_order
 
@@ -60,7 +60,9 @@ def image_cells(shape: tuple[int, int, int]) -> Groups:
 
 
 @torch.no_grad()
-def measure(model: VAE, ds: Dataset, *, images: int, sweep_images: int, seed: int, permute: bool = True) -> Measurement:
+def measure(
+    model: ImageModel, ds: Dataset, *, images: int, sweep_images: int, seed: int, permute: bool = True
+) -> Measurement:
     """Measure `model` on `images` images of `ds` (all where it has fewer), sweeping the first `sweep_images`.
 
     permute: whether to measure it with permuted activations too.
@@ -124,7 +126,7 @@ def measure(model: VAE, ds: Dataset, *, images: int, sweep_images: int, seed: in
 
 
 def _permuted(
-    model: VAE, mu: Tensor, v: Tensor, z: Tensor, scale: Tensor, groups: Groups, seed: int
+    model: ImageModel, mu: Tensor, v: Tensor, z: Tensor, scale: Tensor, groups: Groups, seed: int
 ) -> dict[str, dict[str, Any]]:
     """MIG of codes (N, L) of which each latent is permuted over images by itself, and specificity where in each image
     the effects are permuted among latents: means of `PERMUTATIONS`, with the interval in which one more falls."""
@@ -150,7 +152,7 @@ def _evaluation_images(ds: Dataset, images: int, seed: int) -> tuple[Tensor, Ten
     return ds.sample(images, torch.Generator().manual_seed(seed))
 
 
-def _encode(model: VAE, x: Tensor, batch: int = 250) -> tuple[Tensor, Tensor, Tensor]:
+def _encode(model: ImageModel, x: Tensor, batch: int = 250) -> tuple[Tensor, Tensor, Tensor]:
     """Posterior means and log-variances (N, L), and the loss (N,) of each image's reconstruction from its mean."""
     likelihood = "bernoulli" if model.likelihood == "bernoulli" else "squared_error"
     parts = []
@@ -162,7 +164,7 @@ def _encode(model: VAE, x: Tensor, batch: int = 250) -> tuple[Tensor, Tensor, Te
     return mu, logvar, loss
 
 
-def _pictures(model: VAE, x: Tensor, v: Tensor, mu: Tensor, scale: Tensor) -> dict[str, Tensor]:
+def _pictures(model: ImageModel, x: Tensor, v: Tensor, mu: Tensor, scale: Tensor) -> dict[str, Tensor]:
     """Inputs, their reconstructions, and a traversal of every latent from the first input, uint8."""
     shown = x[:PICTURES]
     half = TRAVERSE_STEPS // 2

@@ -17,7 +17,7 @@ from .. import models
 from .._allocator import kept_memory
 from ..data.dataset import Dataset
 from ..errors import TrainingDiverged
-from ..models import VAE
+from ..models import ImageModel
 from .checkpoints import CHECKPOINT, MODEL, all_finite, checked_directory, read_checkpoint, write_checkpoint
 from .interrupts import delayed_interrupt
 from .progress import reporter
@@ -40,7 +40,7 @@ class Run:
     `precision` "fp32" or "bf16", what "auto" came to.
     """
 
-    model: VAE
+    model: ImageModel
     history: pd.DataFrame
     steps: int
     images_per_second: float
@@ -49,7 +49,7 @@ class Run:
 
 
 def fit(
-    model: VAE,
+    model: ImageModel,
     ds: Dataset,
     *,
     steps: int,
@@ -133,7 +133,7 @@ class _Trainer:
 
     def __init__(
         self,
-        model: VAE,
+        model: ImageModel,
         ds: Dataset,
         settings: Settings,
         directory: Path | None,
@@ -262,7 +262,7 @@ def _mix32(x: int) -> int:
 
 
 @contextmanager
-def _training_layout(model: VAE, settings: Settings) -> Iterator[None]:
+def _training_layout(model: ImageModel, settings: Settings) -> Iterator[None]:
     """Filters in channels-last order while training convolutions: a tenth faster on a CPU; restored afterwards."""
     on_cpu = next(model.parameters()).device.type == "cpu"
     if not has_convolutions(model) or not (on_cpu or settings.precision == "bf16"):

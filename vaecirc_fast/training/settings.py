@@ -11,7 +11,7 @@ from torch import nn
 
 from ..data.dataset import Dataset
 from ..errors import InputError
-from ..models import VAE
+from ..models import ImageModel
 from .schedules import SCHEDULES
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -48,7 +48,7 @@ class Settings:
 
 
 def checked_settings(
-    model: VAE,
+    model: ImageModel,
     ds: Dataset,
     *,
     steps: int,
@@ -60,7 +60,7 @@ def checked_settings(
     precision: str,
 ) -> Settings:
     """The settings of a run, or InputError naming the argument that is wrong."""
-    if not isinstance(model, VAE):
+    if not isinstance(model, ImageModel):
         raise InputError(f"model: expected one of models.build, got {type(model).__name__}")
     if tuple(model.shape) != tuple(ds.shape):
         raise InputError(f"model: is for images {tuple(model.shape)}, but data set {ds.name!r} has {tuple(ds.shape)}")

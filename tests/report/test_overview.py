@@ -113,9 +113,7 @@ def test_the_page_shows_every_architecture_first(many, add_run, page, monkeypatc
     monkeypatch.setattr(pages, "FEW", 2)
     chosen = pages._chosen(read(many))
     assert sorted((g.config["data"], g.architecture) for g in chosen) == sorted(
-        (data, kind)
-        for data in ("norb_like", "faces_like")
-        for kind in ("vae", "beta_vae", "factor_vae", "dip_vae_ii")
+        (data, kind) for data in ("norb_like", "faces_like") for kind in ("vae", "beta_vae", "factor_vae", "dip_vae_ii")
     )
     whole = page(many)
     assert whole.problems == [] and "show 8 of 10 configurations" in whole.text

@@ -16,6 +16,7 @@ from .folder import Folder
 from .mpi3d import MPI3D
 from .mpi3d_like import MPI3DLike
 from .norb_like import NORBLike
+from .scm_sprites import SCMSprites
 from .shapes3d import Shapes3D
 from .shapes3d_like import Shapes3DLike
 from .smallnorb import SmallNORB
@@ -32,6 +33,7 @@ _DATASETS: dict[str, type[Dataset]] = {
     "norb_like": NORBLike,
     "celeba": CelebA,
     "faces_like": FacesLike,
+    "scm_sprites": SCMSprites,
     "digits": Digits,
     "folder": Folder,
 }

@@ -66,11 +66,11 @@ def render_scene(
     """
     given = dict(kind=kind, pose=pose, shape=shape, colour=colour, camera=camera, light=light, background=background)
     _check(given)
-    size = _checked_size(size, samples)
-    tensors = tuple(given.values())
+    height, width = _checked_size(size, samples)
+    tensors = (kind, pose, shape, colour, camera, light, background)
     transformed = torch._C._are_functorch_transforms_active()
     run = torch.ops.vaecirc_fast.render_scene if transformed or is_traced(*tensors) else _run
-    return run(*tensors, *size, samples)
+    return run(*tensors, height, width, samples)
 
 
 def _check(given: dict[str, Tensor]) -> None:

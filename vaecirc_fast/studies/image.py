@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import gc
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,22 +19,20 @@ import torch
 
 from .. import __version__, _native, data, models, report, training
 from .._files import write_json
-from .._tensor_files import write_tensors
 from ..errors import InputError
 from ..sweeps import RunDirectory, RunStore, run_all
 from ..training.settings import checked_settings
-from .circuits import find_circuits
+from . import findings
+from .causal_graphs import recover
 from .configuration import PRESETS, Config
-from .disentanglement import disentanglement, encoded_grid
-from .manipulation import manipulate
-from .measuring import DEFINITIONS, measure
+from .examined import EVALUATION_SEED, Protocol, examine, measure_model, plans
 from .memory import check_memory
-from .planning import PROTOCOL, plan
+from .planning import JUDGED, PROTOCOL, plan
 
-__all__ = ["PRESETS", "PROTOCOL", "Config", "build", "one_run", "plan", "run"]
+__all__ = ["EVALUATION_SEED", "PRESETS", "PROTOCOL", "Config", "build", "measure_model", "one_run", "plan", "run"]
 
 CHECKPOINT_EVERY = 250  # steps; what a kill can cost
-EVALUATION_SEED = 2025  # the images that models are judged on, the same for every model of a data set
+TRAINING = ("steps", "batch_size", "seed", "lr", "precision")
 
 
 def run(config: Config, progress: bool = True) -> Path:
@@ -71,6 +70,7 @@ def run(config: Config, progress: bool = True) -> Path:
             advance=console.advance,
         )
     write_json(config.out / "study.json", {"study": "image", "runs": [r.path.name for r in runs], **_settings(config)})
+    findings.write(config.out)
     page = report.write(config.out)
     console.finish(config.out, page)
     return page
@@ -97,58 +97,24 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
     progress: as `training.fit` takes it.
     """
     c = run.config
-    model = build(c, ds, device)
-    judged = {"images": c["images"], "sweep_images": c["sweep_images"], "seed": EVALUATION_SEED}
-    untrained = measure(model, ds, **judged, permute=False)
     started = time.perf_counter()
     trained = training.fit(
         build(c, ds, device),
         ds,
-        steps=c["steps"],
-        batch_size=c["batch_size"],
-        seed=c["seed"],
-        lr=c["lr"],
-        precision=c["precision"],
+        **{key: c[key] for key in TRAINING},
         out=run.path,
         checkpoint_every=CHECKPOINT_EVERY,
         progress=progress,
     )
     seconds = time.perf_counter() - started
-    measured = measure(trained.model, ds, **judged)
-    inputs = {
-        "trained": manipulate(trained.model, ds, pairs=c["pairs"], seed=EVALUATION_SEED),
-        "untrained": manipulate(model, ds, pairs=c["pairs"], seed=EVALUATION_SEED),
-    }
-    circuits = None
-    if c["circuit_pairs"]:
-        active = [row["latent"] for row in measured.latents if row["active"]]
-        sizes = {"pairs": c["circuit_pairs"], "units": c["circuit_units"]}
-        circuits = find_circuits(trained.model, model, ds, active=active, seed=EVALUATION_SEED, **sizes)
-    table = None
-    if c["battery"] == "samples":
-        table = disentanglement(measured.encoded, untrained.encoded, EVALUATION_SEED)
-    elif c["battery"] == "grid":
-        ours, theirs = (encoded_grid(m, ds, progress is True) for m in (trained.model, model))
-        table = disentanglement(ours, theirs, EVALUATION_SEED)
-    for grid, effects in measured.effects.items():
-        effects.save(run.path / f"effects-{grid}.safetensors")
-    write_tensors(run.path / "pictures.safetensors", "pictures", measured.pictures, {})
-    if circuits:
-        write_tensors(run.path / "circuits.safetensors", "circuits", circuits.tensors, {})
-    definitions = DEFINITIONS | (circuits.definitions if circuits else {})
+    protocol = Protocol(**{key: c[key] for key in JUDGED})
+    examined = examine(trained.model, build(c, ds, device), ds, protocol, progress is True)
+    examined.write(run.path)
+    # a data set of a known causal model
+    recovered = recover(trained.model, ds, seed=EVALUATION_SEED).plain() if hasattr(ds, "graph") else None
     return {
-        "trained": measured.trained,
-        "metrics": measured.metrics | (circuits.metrics if circuits else {}),
-        "replicates": measured.replicates,
-        "latents": measured.latents,
-        "inputs": inputs,
-        **({"circuits": circuits.found} if circuits else {}),
-        **({"disentanglement": table.found} if table else {}),
-        "control": {
-            "untrained": untrained.metrics | (circuits.control if circuits else {}),
-            "permuted": measured.permuted,
-        },
-        "definitions": {name: {"unit": unit, "definition": text} for name, (unit, text) in definitions.items()},
+        **examined.result,
+        **({"recovered": recovered} if recovered else {}),
         "history": trained.history.to_dict("records"),
         "machine": {
             "version": __version__,
@@ -160,9 +126,9 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
         },
         "timing": {
             "training_seconds": seconds,
-            "sweeps": measured.plans | ({"patching": circuits.plan} if circuits else {}),
-            **({"circuits": circuits.seconds} if circuits else {}),
-            **({"disentanglement": table.seconds} if table else {}),
+            "images_per_second": trained.images_per_second if math.isfinite(trained.images_per_second) else None,
+            "sweeps": plans(examined),
+            "parts": examined.seconds,
         },
     }
 
@@ -178,7 +144,7 @@ def build(c: Mapping[str, Any], ds: data.Dataset, device: torch.device) -> model
 
 def _check_training(c: Mapping[str, Any], ds: data.Dataset, device: torch.device) -> None:
     """InputError for what the model or its training would refuse."""
-    given = {key: c[key] for key in ("steps", "batch_size", "seed", "lr", "precision")}
+    given = {key: c[key] for key in TRAINING}
     checked_settings(build(c, ds, device), ds, schedule="constant", warmup=0, **given)
 
 

@@ -71,23 +71,24 @@ def activity(subject: Subject, coded: Coded) -> Any:
 
 def sweeps(subject: Subject, coded: Coded, images: int, groups: Groups, seed: int) -> Sweeps:
     """Codes of slots on the first `images` images, channels on a quarter of them and at least 2."""
-    assert coded.indices is not None and coded.z_e is not None and coded.z_q is not None
+    indices, z_e, z_q = coded.indices, coded.z_e, coded.z_q
+    assert indices is not None and z_e is not None and z_q is not None
     book, few = subject.codebook, min(images, max(2, images // CHANNEL_IMAGES))
     assert book is not None
     shared: dict[str, Any] = {"groups": groups, "effect": "l1", "seed": seed}
     resample = functools.partial(
-        latent_sweep, SlotDecoder(subject), coded.indices[:images].to(book.dtype), grid="resample", **shared
+        latent_sweep, SlotDecoder(subject), indices[:images].to(book.dtype), grid="resample", **shared
     )
 
     def sweep(grid: str, count: int, **options: Any) -> Effects:
-        codes = Codes(coded.indices[:count], coded.z_e[:count], coded.z_q[:count])
+        codes = Codes(indices[:count], z_e[:count], z_q[:count])
         return code_sweep(subject.decoder, codes, book, grid=grid, **shared, **options)
 
     effects = {
         "fixed": sweep("z_e", few, scale=torch.ones_like(book[0])),
-        "posterior": sweep("z_e", few, scale=channel_sd(coded.z_e)),
+        "posterior": sweep("z_e", few, scale=channel_sd(z_e)),
         "resample": resample(),
-        "z_q": sweep("z_q", few, scale=channel_sd(coded.z_q)),
+        "z_q": sweep("z_q", few, scale=channel_sd(z_q)),
         "code_swap": sweep("code_swap", images),
         "code_neighbour": sweep("code_neighbour", images, draws=min(NEIGHBOURS, len(book) - 1)),
     }

@@ -11,6 +11,7 @@ import vaecirc_fast as vf
 
 from .harness import measure
 from .plain_objectives import OPTIONS, PlainTraining
+from .plain_vq_vae import PlainVqTraining
 
 BATCH, STEPS = 64, 10
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,7 +19,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def _loop(name: str, net: str, *, bf16: bool = False, compiled: bool = False) -> Callable[[], None]:
     """STEPS updates in plain torch: the same nets, data and objective, Adam with its defaults."""
-    plain = PlainTraining(name, net, BATCH, DEVICE, bf16=bf16, compiled=compiled)
+    if name == "vq_vae":
+        plain = PlainVqTraining(net, BATCH, DEVICE, bf16=bf16)
+    else:
+        plain = PlainTraining(name, net, BATCH, DEVICE, bf16=bf16, compiled=compiled)
 
     def call() -> None:
         for _ in range(STEPS):
@@ -31,7 +35,7 @@ def _fit(name: str, net: str, precision: str) -> Callable[[], None]:
     """One whole call of `fit`, with its checks, its optimizer made anew and the model's layout changed and restored."""
     torch.manual_seed(0)
     ds = vf.data.load("dsprites")
-    model = vf.models.build(name, ds.shape, net=net, **OPTIONS[name]).to(DEVICE)
+    model = vf.models.build(name, ds.shape, net=net, **OPTIONS.get(name, {})).to(DEVICE)
 
     def call() -> None:
         vf.training.fit(model, ds, steps=STEPS, batch_size=BATCH, precision=precision, progress=False)
@@ -47,7 +51,7 @@ FORMS: dict[str, Callable[[str, str], Callable[[], None]]] = {
     "fit": lambda name, net: _fit(name, net, "auto"),
     "fit, fp32": lambda name, net: _fit(name, net, "fp32"),
 }
-CASES = [("vae", "conv"), ("vae", "mlp"), *((name, "conv") for name in OPTIONS if name != "vae")]
+CASES = [("vae", "conv"), ("vae", "mlp"), *((name, "conv") for name in OPTIONS if name != "vae"), ("vq_vae", "conv")]
 
 
 @pytest.mark.parametrize("form", FORMS)

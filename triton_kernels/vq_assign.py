@@ -98,7 +98,7 @@ def forward(z, codebook, with_totals):
         block = 1024 if interpreted else 64
         _nearest_kernel[(triton.cdiv(N, block),)](
             *(z, codebook, indices, z_q, distance, N, K, D),
-            **{"BLOCK_N": block, "BLOCK_K": 64, "BLOCK_D": 16, "num_warps": 8},  # fewer warps spill
+            **{"BLOCK_N": block, "BLOCK_K": 32, "BLOCK_D": 16},  # larger ones spill
         )
     if not with_totals:
         return z_q, indices, distance, indices.new_empty(0), z.new_empty(0)

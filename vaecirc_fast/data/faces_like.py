@@ -40,7 +40,7 @@ class FacesLike(Dataset):
     """Portraits in colour, 64 x 64: 10,886,400 images, one for each combination of ten attributes.
 
     A stand-in that is drawn, not CelebA: its faces are stylised, its attributes exact and independent of each other.
-    Geometry and colours: docs/definitions.md and decision 024. An image is a sum of the colours of a palette (by
+    Geometry and colours: docs/definitions.md and decision 028. An image is a sum of the colours of a palette (by
     background, skin tone, hair colour and light) with weights from three tables (by all other attributes). Both are
     multiples of 1/256, or 1/128 where tables meet, so that every sum is exact in float32 and an image has the same
     bits in any batch and on any device. The tables are drawn once a process, in under a second, and take 54 MB.

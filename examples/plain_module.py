@@ -51,4 +51,4 @@ def main(out: str = "runs/plain", steps: int = 2000, **protocol: Any) -> vf.stud
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(sys.argv[1] if len(sys.argv) > 1 else "runs/plain")

@@ -44,4 +44,4 @@ class Rows(torch.utils.data.Dataset):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(sys.argv[1] if len(sys.argv) > 1 else "runs/pythae")

@@ -338,3 +338,15 @@ def test_a_model_of_other_images_is_refused():
         measure(vf.models.build("vae", (1, 9, 9), 2, net="mlp", width=0.1), DS, **SIZES)
     with pytest.raises(InputError, match="model: expected one of vf.models, got Linear"):
         measure(torch.nn.Linear(2, 2), DS, **SIZES)
+
+
+@pytest.mark.parametrize("metric", ["mig", "specificity", "ces_resample", "ces_posterior", "reconstruction"])
+def test_controls_of_codes_in_slots(metric):
+    """Nulls are cleared by what a planted model has; its own numbers are those of `measure`."""
+    sizes = {"images": 49, "sweep_images": 12, "seed": 5}
+    # a strength has no permuted null, and an untrained net whose codes are all alike no specificity
+    only = {"specificity": ["permuted"], "mig": ["untrained", "permuted"]}.get(metric, ["untrained"])
+    found = vf.studies.controls(planted(), DS, metric, only=only, nulls=2, progress=False, **sizes)
+    own = measure(planted(), DS, **SIZES).metrics[metric]["value"]
+    assert found.result.value == pytest.approx(own, rel=1e-6, abs=1e-9)
+    assert list(found.table["control"])[1:] == only

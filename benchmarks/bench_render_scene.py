@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 import vaecirc_fast as vf
+from vaecirc_fast.data.shapes3d_like import Shapes3DLike
 from vaecirc_fast.reference import render_scene as reference
 
 from .harness import measure
@@ -23,16 +24,9 @@ CHUNKS = tuple(1 << n for n in (16, 18, 20, 22, 24))  # of the reference: rays t
 @functools.cache
 def _scenes() -> tuple[tuple[Tensor, ...], ...]:
     """Arguments of the op for random batches of shapes3d_like."""
-    data, found = vf.data.load("shapes3d_like", device=DEVICE), []
-    module = sys.modules["vaecirc_fast.data.shapes3d_like"]
-    op = module.render_scene
-    try:
-        module.render_scene = lambda *scene, size: found.append(scene)
-        for seed in range(16):
-            data.images(torch.randint(len(data), (BATCH,), generator=torch.Generator().manual_seed(seed)))
-    finally:
-        module.render_scene = op
-    return tuple(found)
+    data, generator = Shapes3DLike(device=DEVICE), torch.Generator().manual_seed(0)
+    batches = torch.randint(len(data), (16, BATCH), generator=generator).to(DEVICE)
+    return tuple(data.scenes(batch) for batch in batches)
 
 
 @pytest.mark.parametrize("samples", [1, 2])
@@ -41,17 +35,17 @@ def test_batch(benchmark, form: str, samples: int, monkeypatch: pytest.MonkeyPat
     """Random batches of 64, rendered anew; the reference in chunks of which one suits the caches best."""
     scenes = _scenes()
     at = itertools.cycle(range(len(scenes)))
-    draw = functools.partial(reference.forward, size=(64, 64), samples=samples)
+    options = dict(size=(64, 64), samples=samples)
+    plain: Callable[..., Tensor] = lambda *scene: reference.forward(*scene, **options)  # noqa: E731
+    ours: Callable[..., Tensor] = lambda *scene: vf.ops.render_scene(*scene, **options)  # noqa: E731
+    draw = ours if form == "ours" else plain
     if form.startswith("torch reference"):
         chunk = int(form.removeprefix("torch reference, ").removesuffix(" at once").replace(",", ""))
         monkeypatch.setattr(reference, "CELLS", chunk)
     elif form == "torch.compile":
         torch._dynamo.reset()
-        draw = torch.compile(draw)
-    else:
-        draw = functools.partial(vf.ops.render_scene, size=(64, 64), samples=samples)
-    expected = vf.ops.render_scene(*scenes[0], size=(64, 64), samples=samples)
-    assert ((draw(*scenes[0]) - expected).abs() > 1e-5).float().mean() < 1e-3  # but for edges
+        draw = torch.compile(plain)
+    assert ((draw(*scenes[0]) - ours(*scenes[0])).abs() > 1e-5).float().mean() < 1e-3  # but for edges
     call = lambda: draw(*scenes[next(at)])  # noqa: E731
     case = f"shapes3d_like, random batches of 64, {samples} x {samples} rays a pixel"
     rounds = 50 if form == "ours" else 5
@@ -61,8 +55,9 @@ def test_batch(benchmark, form: str, samples: int, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("form", ["ours", "rendered alone", "stored bytes"])
 def test_data_set(benchmark, form: str) -> None:
     """What training takes: `sample(64)` with indices, factors and arguments; stored: 6 GB, here a hundredth of it."""
-    data, scenes = vf.data.load("shapes3d_like", device=DEVICE), _scenes()
+    data, scenes = Shapes3DLike(device=DEVICE), _scenes()
     generator, at = torch.Generator().manual_seed(0), itertools.cycle(range(len(scenes)))
+    render: Callable[..., Tensor] = vf.ops.render_scene
     stored = torch.empty(4800, 3, 64, 64, dtype=torch.uint8, device=DEVICE) if form == "stored bytes" else None
 
     def read() -> Tensor:
@@ -71,7 +66,7 @@ def test_data_set(benchmark, form: str) -> None:
 
     call = {
         "ours": lambda: data.sample(BATCH, generator),
-        "rendered alone": lambda: vf.ops.render_scene(*scenes[next(at)]),
+        "rendered alone": lambda: render(*scenes[next(at)]),
         "stored bytes": read,
     }[form]
     case = "shapes3d_like, sample(64)"

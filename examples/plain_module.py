@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class Autoencoder(nn.Module):
         return (nll + 0.5 * (mu**2 + logvar.exp() - logvar - 1).sum()) / len(x)
 
 
-def main(out: str = "runs/plain", steps: int = 2000, **protocol: int) -> vf.studies.ModelMeasurement:
+def main(out: str = "runs/plain", steps: int = 2000, **protocol: Any) -> vf.studies.ModelMeasurement:
     ds = vf.data.load("digits")
     torch.manual_seed(0)
     model = Autoencoder(pixels=64, latents=6)
@@ -50,4 +51,4 @@ def main(out: str = "runs/plain", steps: int = 2000, **protocol: int) -> vf.stud
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1] if len(sys.argv) > 1 else "runs/plain")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from typing import Any
 
 import torch
 from pythae.models import BetaVAE, BetaVAEConfig
@@ -12,7 +13,7 @@ from pythae.trainers import BaseTrainer, BaseTrainerConfig
 import vaecirc_fast as vf
 
 
-def main(out: str = "runs/pythae", epochs: int = 20, **protocol: int) -> vf.studies.ModelMeasurement:
+def main(out: str = "runs/pythae", epochs: int = 20, **protocol: Any) -> vf.studies.ModelMeasurement:
     ds = vf.data.load("digits")
     x = ds.images(torch.arange(len(ds)))
     torch.manual_seed(0)
@@ -43,4 +44,4 @@ class Rows(torch.utils.data.Dataset):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1] if len(sys.argv) > 1 else "runs/pythae")

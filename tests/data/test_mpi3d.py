@@ -186,7 +186,7 @@ def test_truncated_anywhere(tmp_path_factory, archive, where):
 
 
 @given(st.sampled_from(ARCHIVES), st.integers(-HEAD, HEAD - 1), st.integers(1, 255))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_changed_byte_of_the_headers(tmp_path_factory, archive, at, change):
     content = bytearray(archive)
     content[at] ^= change

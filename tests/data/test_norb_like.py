@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from vaecirc_fast.data import load
+from vaecirc_fast.data import load, norb_like
 from vaecirc_fast.data.norb_like import SHADOWS, TOYS, scene
 from vaecirc_fast.data.smallnorb import CATEGORIES, SmallNORB
 from vaecirc_fast.errors import InputError
@@ -53,6 +53,13 @@ def test_indices_out_of_range_are_refused(indices):
         DATA.images(indices)
 
 
+def test_the_tables_do_not_follow_the_default_device():
+    with torch.device("meta"):
+        tables = norb_like._tables.__wrapped__(torch.device("cpu"))
+    for name, table in norb_like._tables(torch.device("cpu")).items():
+        assert torch.equal(table, tables[name]) and table.dtype in (torch.float32, torch.int64)
+
+
 def test_an_image_is_the_same_in_every_batch():
     indices = torch.randint(len(DATA), (70,), generator=torch.Generator().manual_seed(1))
     together = DATA.images(indices)
@@ -71,8 +78,9 @@ def test_elevations_are_visible(x):
 
 
 def test_azimuths_are_visible_also_from_the_opposite_side(x):
+    some = x[:, :, :, [0, 5]]
     for step in (1, 9):
-        assert changed(x, x.roll(step, 2)).min() >= 250
+        assert changed(some, some.roll(step, 2)).min() >= 250
 
 
 def test_lightings_are_visible(x):

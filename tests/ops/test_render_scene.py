@@ -299,11 +299,16 @@ def test_a_plane_is_seen_from_above_only(backend):
 
 def test_a_ray_in_a_face_is_harmless(backend):
     """The camera in the plane of a side of a box, or on a cylinder's or cone's endless surface: no NaN."""
-    for kind in KINDS[1:]:
-        for position in ((1.0, 0.0, 5.0), (0.0, 0.0, 1.0), (1.0, 1.0, 1.0), (0.0, 1.0, -1.0), (0.0, 0.0, 5.0)):
-            for shape in (0.0, 0.5, 1.0):
-                out = every_backend(planted([kind], [still()], [shape], position=position), backend)
-                assert bool(((out >= 0) & (out <= 1)).all()), (kind, position)
+    parts = [
+        planted([kind], [still()], [shape], position=position)
+        for kind in (PLANE, BOX, CONE, CAPSULE, PRISM + 4)
+        for position in ((1.0, 0.0, 5.0), (0.0, 0.0, 1.0), (1.0, 1.0, 1.0), (0.0, 1.0, -1.0))
+        for shape in ((0.0, 1.0) if kind == CONE else (1.0,))
+    ]
+    names = parts[0].tensors()
+    scene = replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    out = every_backend(scene, backend)
+    assert bool(((out >= 0) & (out <= 1)).all())
 
 
 def test_the_same_solid_by_two_kinds():
@@ -360,12 +365,12 @@ def test_cameras_and_poses_are_as_told():
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 SHAPES = {
-    "one pixel": dict(n=5, solids=4, size=(1, 1)),
+    "one pixel": dict(n=5, solids=3, size=(1, 1), samples=1),
     "one solid": dict(n=12, solids=1, size=(16, 16)),
-    "odd": dict(n=5, solids=6, size=(7, 19), samples=3),
-    "wide": dict(n=2, solids=5, size=(5, 70), samples=2),
-    "grey": dict(n=6, solids=5, channels=1, size=(17, 16), samples=2),
-    "tall, many": dict(n=1, solids=20, size=(23, 5), samples=4),
+    "odd": dict(n=2, solids=3, size=(7, 19), samples=3),
+    "wide": dict(n=2, solids=3, size=(5, 70), samples=2),
+    "grey": dict(n=5, solids=4, channels=1, size=(17, 16)),
+    "tall, many": dict(n=1, solids=24, size=(23, 5)),
 }
 
 
@@ -438,12 +443,12 @@ def test_no_images(backend):
 
 def test_an_image_does_not_depend_on_its_batch(backend):
     """Bit by bit: alone, in another order, and once more."""
-    scene = random_scene(6, 5, seed=9, size=(9, 21), samples=2).mapped(lambda x: x.to(backend.device))
+    scene = random_scene(4, 3, seed=9, size=(9, 21)).mapped(lambda x: x.to(backend.device))
     images = scene.run()
     assert torch.equal(scene.run(), images)
-    for n in range(6):
+    for n in (0, 3):
         assert torch.equal(scene[n : n + 1].run(), images[n : n + 1])
-    assert torch.equal(scene[[4, 0, 2, 4]].run(), images[[4, 0, 2, 4]])
+    assert torch.equal(scene[[2, 0, 2]].run(), images[[2, 0, 2]])
 
 
 def test_memory_layout_changes_nothing(backend):

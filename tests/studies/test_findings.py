@@ -310,7 +310,7 @@ def test_isolation_of_one_architecture_goes_by_seeds():
 
 
 def test_runs_that_are_not_trained_take_part_in_nothing():
-    plain = result_frame(related(-1.0), seeds=2, **SMALL)
+    plain = result_frame(related(-1.0), seeds=2, architectures=ARCHITECTURES[-4:], **SMALL)
     wild = plain[plain["seed"] == 1].copy()
     wild[list(METRICS)] *= 100.0
     both = pd.concat([plain, wild.assign(trained=False, run="wild")], ignore_index=True)
@@ -369,8 +369,8 @@ def test_what_a_table_lacks_leaves_claims_undecided_with_the_reason(name):
         assert all(f.verdict == "undecided" and f.estimate is None for f in found)
 
 
-@settings(max_examples=8)
-@given(st.integers(0, 10_000), st.floats(0, 0.9), st.integers(1, 3), st.integers(1, 6), st.integers(1, 3))
+@settings(max_examples=4)
+@given(st.integers(0, 10_000), st.floats(0, 0.9), st.integers(1, 2), st.integers(1, 6), st.integers(1, 2))
 def test_any_table_has_honest_findings(seed, missing, data, architectures, seeds):
     rng = np.random.default_rng(seed)
     table = result_frame(seed=seed, data=DATA[:data], architectures=ARCHITECTURES[-architectures:], seeds=seeds)

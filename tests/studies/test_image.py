@@ -20,8 +20,9 @@ from vaecirc_fast.data.folder import Folder
 from vaecirc_fast.errors import InputError
 from vaecirc_fast.interventions import Effects
 from vaecirc_fast.metrics import model_ces, model_specificity
-from vaecirc_fast.studies import image, manipulation, measuring
+from vaecirc_fast.studies import image, manipulation
 from vaecirc_fast.studies.image import Config
+from vaecirc_fast.studies.judged import judged_images
 from vaecirc_fast.sweeps import RunStore
 
 TINY = {"steps": 60, "images": 60, "sweep_images": 8, "pairs": 4, "latents": 3, "batch_size": 8, "precision": "fp32"}
@@ -189,7 +190,9 @@ def test_what_a_run_gives_depends_on_its_configuration_alone(undisturbed, tmp_pa
 
 def test_models_are_judged_on_every_image_where_there_are_few():
     ds = data.load("digits")
-    x, v = measuring._evaluation_images(ds, 5000, 0)
+    judged = judged_images(ds, 5000, 0)
+    x, v = judged.x, judged.v
+    assert judged_images(ds, 5000, 0) is judged is not judged_images(ds, 5000, 1)
     assert len(x) == len(v) == 1797
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
     assert torch.equal(x, ds.images(order)) and torch.equal(v, ds.factors(order))

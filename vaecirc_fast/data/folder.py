@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from . import memory
 from .dataset import Dataset
 from .image_files import centred_square, read_image
 
@@ -48,6 +49,8 @@ class Folder(Dataset):
         for k, folder in enumerate(classes):
             if not any(label == k for label, _ in files):
                 raise InputError(f"folder: {folder} holds no image ({', '.join(SUFFIXES)})")
+        # The decoded images and, while these are stacked, a copy.
+        memory.check(2 * len(files) * side * side * 3, f"folder ({len(files):,} images)", "use fewer or a smaller side")
         fit = functools.partial(centred_square, side=side)
         arrays = [read_image(file, fit, "folder", "repair or remove it") for _, file in files]
         grey = all(np.array_equal(a[..., 0], a[..., 1]) and np.array_equal(a[..., 0], a[..., 2]) for a in arrays)

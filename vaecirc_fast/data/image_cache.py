@@ -72,7 +72,7 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 def _in_memory(shape: tuple[int, ...], read: Callable[[int], np.ndarray], data: str, path: Path) -> np.ndarray:
     remedy = f"the cache {path.parent} cannot take them either: free disk there or set XDG_CACHE_HOME"
-    memory.check(math.prod(shape), f"{data}: the images", remedy)
+    memory.check(math.prod(shape), data, remedy)
     images = np.empty(shape, np.uint8)
     for start, block in _blocks(shape[0], read, data):
         images[start : start + len(block)] = block

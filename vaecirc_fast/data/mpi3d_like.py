@@ -111,7 +111,9 @@ def _tables(device: torch.device) -> dict[str, Tensor]:
     tapers[:, -1] = shapes[:, 1]
     rest = (_TABLE, _BASE, _BASE, _BASE, _LINK, _LINK, _JOINT, _JOINT, _JOINT)
     colours = torch.tensor(
-        [[[rim, *rest, colour] for colour in OBJECT_COLOURS] for rim in BACKGROUND_COLOURS], dtype=torch.float64
+        [[[rim, *rest, colour] for colour in OBJECT_COLOURS] for rim in BACKGROUND_COLOURS],
+        dtype=torch.float64,
+        device="cpu",
     )
     walls = torch.tensor(BACKGROUND_COLOURS, dtype=torch.float64, device="cpu")
     pitch = torch.tensor(CAMERAS, dtype=torch.float64, device="cpu").deg2rad()

@@ -112,7 +112,7 @@ def _shadows(lights: Tensor) -> Tensor:
     """Poses (5, 18, 6, 3, 4) of the ground, whose unit circle is the shadow: pushed away from the light."""
     radii = torch.tensor(SHADOWS, dtype=torch.float64, device="cpu")
     centre = -0.25 * lights[..., :2] / lights[..., 2:].clamp(min=0.7)
-    axes = torch.diag_embed(torch.cat([radii, torch.ones(len(radii), 1, dtype=torch.float64)], 1))[:, None, None]
+    axes = torch.diag_embed(torch.cat([radii, torch.ones_like(radii[:, :1])], 1))[:, None, None]
     return _inverse(axes, torch.cat([centre, torch.zeros_like(centre[..., :1])], -1))
 
 

@@ -271,7 +271,7 @@ def _hair(layers: Layers, f: Face, shape: Tensor, end: float, depth: float) -> N
     strands = 0.16 * torch.cos(26 * crown + 0.5 * torch.cos(f.y / 3)) + 0.10 * torch.cos(57 * crown)
     dark = (0.22 + strands + 0.45 * ramp((shape + 2.5) / 2.5) + depth).clamp(0, 1)
     radius = torch.sqrt((f.x - 31) ** 2 + (f.y - 29) ** 2)
-    sheen = 0.16 * torch.exp(-(((radius - 15.5) / 1.8) ** 2)) * (f.y < 24) * (1 - depth)
+    sheen = 0.16 * torch.exp(-(((radius - 15.5) / 1.8) ** 2)) * ramp((25 - f.y) / 7) * (1 - depth)
     across = (f.x - 32) / (f.a + 3)
     layers.put(
         covered(shape) * covered(f.y - end, 3.0),

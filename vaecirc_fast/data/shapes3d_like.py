@@ -56,11 +56,12 @@ class Shapes3DLike(Dataset):
         self._light = torch.tensor(LIGHT, device=self.device)
         self._background = torch.zeros(2, 3, device=self.device)  # floor and walls leave nothing of it
 
-    def _render(self, indices: Tensor) -> Tensor:
-        v, n = self._unravel(indices), len(indices)
+    def scenes(self, indices: Tensor) -> tuple[Tensor, ...]:
+        """The tensors that `vf.ops.render_scene` takes, in its order, for the images of `indices` (B,)."""
+        v, n = self.factors(indices), len(indices)
         scale_and_shape = v[:, 3] * self.factor_sizes[4] + v[:, 4]
         hues = v[:, (0, 1, 1, 2)]
-        return render_scene(
+        return (
             self._kind[scale_and_shape],
             self._pose[scale_and_shape],
             self._shape[scale_and_shape],
@@ -68,8 +69,11 @@ class Shapes3DLike(Dataset):
             self._camera[v[:, 5]],
             self._light.expand(n, 4),
             self._background.expand(n, 2, 3),
-            size=self.shape[1:],
         )
+
+    def _render(self, indices: Tensor) -> Tensor:
+        kind, pose, shape, colour, camera, light, background = self.scenes(indices)
+        return render_scene(kind, pose, shape, colour, camera, light, background, size=self.shape[1:])
 
 
 def _solids() -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -66,11 +67,11 @@ def render_scene(
     """
     given = dict(kind=kind, pose=pose, shape=shape, colour=colour, camera=camera, light=light, background=background)
     _check(given)
-    size = _checked_size(size, samples)
-    tensors = tuple(given.values())
+    height, width = _checked_size(size, samples)
+    tensors = (kind, pose, shape, colour, camera, light, background)
     transformed = torch._C._are_functorch_transforms_active()
     run = torch.ops.vaecirc_fast.render_scene if transformed or is_traced(*tensors) else _run
-    return run(*tensors, *size, samples)
+    return run(*tensors, height, width, samples)
 
 
 def _check(given: dict[str, Tensor]) -> None:
@@ -203,14 +204,35 @@ def _load_cpp():
     return {"render_scene": _cpp}
 
 
+@functools.cache
+def _sides(device: torch.device) -> Tensor:
+    """The sides of boxes and prisms, float32 (19, 8, 3) by kind: x, y of a normal and the inner radius."""
+    table = torch.zeros(reference.KINDS[-1] + 1, 8, 3, dtype=torch.float64, device="cpu")
+    cylinder = torch.ones(1, dtype=torch.float64, device="cpu")
+    for kind in (reference.BOX, *(reference.PRISM + n for n in reference.SIDES)):
+        normals, margins = reference.faces(kind, cylinder)
+        table[kind, : normals.shape[1] - 2] = torch.cat([normals[0, 2:, :2], margins[0, 2:, None]], 1)
+    return table.float().to(device)
+
+
+def _load_triton():
+    from ..triton_kernels import render_scene as kernels  # pyright: ignore[reportMissingImports]
+
+    def forward(*arguments: Any) -> Tensor:
+        *scene, size, samples = arguments
+        return kernels.forward(scene, _sides(scene[0].device), size, samples)
+
+    return {"render_scene": forward}
+
+
 _FLOATS = (torch.float32, torch.float64)
 ROW = _registry.Row(
     "render_scene",
     cells={
         "reference": _registry.Kernel(_load_reference, ("cpu", "cuda"), _FLOATS, _registry.always),
         "cpp": _registry.Kernel(_load_cpp, ("cpu",), _FLOATS[:1], _registry.cpp_reason),
-        "triton": _registry.Absent("is not written yet"),
+        "triton": _registry.Kernel(_load_triton, ("cpu", "cuda"), _FLOATS[:1], _registry.triton_reason),
         "cuda": _registry.Absent("is not written: threads exchange nothing, which Triton expresses fully"),
     },
-    order={"cpu": ("cpp", "reference"), "cuda": ("reference",)},
+    order={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 ABSENT, PLANE, BOX, ELLIPSOID, CONE, CAPSULE, PRISM = 0, 1, 2, 3, 4, 5, 10
 SIDES = range(3, 9)
 KINDS = (ABSENT, PLANE, BOX, ELLIPSOID, CONE, CAPSULE, *(PRISM + n for n in SIDES))
-CELLS = 1 << 22  # rays times solids computed at once
+CELLS = 1 << 20  # rays times solids computed at once
 
 
 def forward(
@@ -37,10 +37,12 @@ def forward(
     step = max(1, CELLS // max(1, kind.shape[1] * u.numel()))
     for b in range(0, len(kind), step):
         some = slice(b, b + step)
-        solids = [x[some] for x in (kind, pose, shape, colour)]
-        pixels = _render(*solids, camera[some], light[some], background[some], u.flatten(), v.flatten())
-        rays_of_pixels = pixels.unflatten(2, (samples * samples, *size)).unbind(2)
-        out[some] = (sum(rays_of_pixels[1:], rays_of_pixels[0]) / len(rays_of_pixels)).clamp(0, 1)  # but for rounding
+        scenes = tuple(x[some] for x in (kind, pose, shape, colour, camera, light, background))
+        pixels = _render(scenes, u.flatten(), v.flatten()).unflatten(2, (samples * samples, *size))
+        total = pixels[:, :, 0]
+        for sample in range(1, samples * samples):
+            total = total + pixels[:, :, sample]
+        out[some] = (total / samples**2).clamp(0, 1)  # which rounding may leave
     return out
 
 
@@ -80,18 +82,9 @@ def faces(kind: int, shape: Tensor) -> tuple[Tensor, Tensor]:
     return normals, margins
 
 
-def _render(
-    kind: Tensor,
-    pose: Tensor,
-    shape: Tensor,
-    colour: Tensor,
-    camera: Tensor,
-    light: Tensor,
-    background: Tensor,
-    u: Tensor,
-    v: Tensor,
-) -> Tensor:
+def _render(scenes: tuple[Tensor, ...], u: Tensor, v: Tensor) -> Tensor:
     """Colours (B, C, N) along the rays u, v (N,)."""
+    kind, pose, shape, colour, camera, light, background = scenes
     turn, offset = pose[..., :3], pose[..., 3]
     # Right, down, forward and the position in the solids' coordinates: (B, P, 4, 3).
     seen_from = _dot(turn[:, :, None], camera[:, None, :, None])

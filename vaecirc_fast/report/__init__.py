@@ -53,7 +53,7 @@ def summary(directory: str | Path) -> list[dict[str, Any]]:
 def findings(directory: str | Path) -> dict[str, Any]:
     """findings.json of a study as it is, empty where there is none; InputError for a damaged one."""
     from ..errors import InputError
-    from .findings import read_findings
+    from .claims import read_findings
 
     found, troubles = read_findings(Path(directory))
     if troubles:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ..metrics.statistics import Estimate, hierarchical_interval, t_interval
 from .results import Run
-from .words import data_name, listed, model_name, option_name, plain
+from .words import architecture_name, data_name, listed, model_name, option_name, plain
 
 Side = Literal["above", "below", "overlaps", "unknown"]
 
@@ -134,18 +134,20 @@ def side(estimate: Estimate | None, control: Estimate | None) -> Side:
 
 
 def definitions(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
-    """Unit and definition of each metric. Runs that do not define a metric alike are of different protocols; the first
-    definition is printed with a word on that.
+    """Unit and definition of each metric, the first of those that runs have. Others are said with the architectures
+    that have them: codes have no steps, and runs may be of different protocols.
     """
-    found: dict[str, dict[str, tuple[str, str]]] = {}
+    found: dict[str, dict[tuple[str, str], dict[str, None]]] = {}
     for run in runs:
+        name_of_run = architecture_name(run.config["architecture"])
         for name, entry in run.result["definitions"].items():
             pair = (entry["unit"], entry["definition"])
-            found.setdefault(name, {}).setdefault(json.dumps(pair), pair)
+            found.setdefault(name, {}).setdefault(pair, {})[name_of_run] = None
     out = {}
     for name, pairs in found.items():
-        (unit, text), *others = pairs.values()
-        if others:
-            text += f" (other runs here define it otherwise: {listed(t for _, t in others)})"
+        (unit, text), *others = pairs
+        for other_unit, other in others:
+            same = "" if other_unit == unit else f" ({other_unit or 'dimensionless'})"
+            text += f"; of {listed(pairs[other_unit, other])}: {other}{same}"
         out[name] = (unit, text)
     return out

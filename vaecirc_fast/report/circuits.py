@@ -11,9 +11,10 @@ from markupsafe import Markup
 
 from . import graphs, pictures, svg
 from .aggregate import Group
-from .figures import Figure, Panel, ordered_latents, slug, subscript
+from .figures import Figure, Panel, slug
 from .graphs import Edge, Node
 from .inputs import KINDS
+from .latents import ordered_latents, subscript
 from .pictures import Strip
 from .results import Run
 from .tables import Printed

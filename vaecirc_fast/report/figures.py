@@ -15,12 +15,17 @@ from ..metrics.statistics import resampled_interval
 from . import charts, pictures, svg
 from .aggregate import Group
 from .charts import COLOURS, Bar, Curve, Dots
+from .latents import POSTERIOR, RESAMPLE, Unit, ordered_latents, quantised, strength, subscript, units
 from .results import Run
 from .words import architecture_name, counted, metric_name, number
 
 NAMED = 5  # the strongest latents, which get a colour, a band and a name in the step curves
 GREY = "#8a8a8a"
 MAPS = 20  # of a configuration
+SLOTS = Markup(
+    " Where latents are slots of codes, which have no steps: the effect of the code that the slot has for another "
+    "image, in intensity and on a scale of its own."
+)
 GRIDS = (("fixed", "step δ, units of z"), ("posterior", "step t, posterior sd"))
 
 
@@ -175,6 +180,7 @@ def traversals(data: str, groups: Sequence[Group], side: int | None = None) -> F
         labels = [f"z{subscript(row['latent'])} {'' if row['active'] else 'inactive'}".strip() for row in order]
         places = 0 if np.allclose(t, t.round()) else 1
         heads = ["t = 0" if abs(v) < 1e-9 else number(float(v), places) for v in t]
+        heads = [""] * len(t) if quantised(run) else heads
         chosen = pictures.shrunk(np.stack([rows[row["latent"]] for row in order]), side)
         faint = [not row["active"] for row in order]
         return pictures.image_rows(chosen, labels, f"{data}: traversals of the latents", faint=faint, heads=heads)
@@ -184,32 +190,39 @@ def traversals(data: str, groups: Sequence[Group], side: int | None = None) -> F
         "posterior mean of the first image above. Rows: latents from the greatest posterior CES to the least; inactive "
         "ones in grey. Columns: <i>t</i> in posterior standard deviations."
     )
+    if any(quantised(group.shown) for group in groups):
+        caption += " Of codes in slots: the slot's most frequent codes, and rows by the effect of another image's code."
     panels = _panels(groups, draw, "pictures.safetensors")
     return Figure(f"traversals-{slug(data)}", f"{data}: traversals of the latents.", caption, panels)
 
 
 def strengths(data: str, groups: Sequence[Group]) -> Figure:
-    rows = [row for group in groups for row in group.shown.result["latents"]]
-    ends = [row.get(key) or 0.0 for row in rows for key in ("ces_posterior", "ces_posterior_high")]
-    top = svg.rounded_up(max(ends, default=1.0))
+    """The strength of every latent of the shown runs, on one scale for all that have the same unit."""
+    tops = {}
+    for run in (group.shown for group in groups):
+        key = strength(run).key
+        ends = [row.get(name) or 0.0 for row in run.result["latents"] for name in (key, f"{key}_high")]
+        tops[key] = max([tops.get(key, 0.0), *ends])
 
     def draw(run: Run) -> str:
+        of = strength(run)
         drawn = [
             Bar(
                 f"z{subscript(row['latent'])}",
-                row.get("ces_posterior") or 0.0,
-                row.get("ces_posterior_low"),
-                row.get("ces_posterior_high"),
+                row.get(of.key) or 0.0,
+                row.get(f"{of.key}_low"),
+                row.get(f"{of.key}_high"),
                 row["active"],
             )
             for row in ordered_latents(run)
         ]
-        return charts.bars(drawn, "intensity per posterior sd", f"{data}: posterior CES of each latent", top)
+        unit = of.unit + (" (code of another image)" if quantised(run) else "")
+        return charts.bars(drawn, unit, f"{data}: {of.words} of each latent", svg.rounded_up(tops[of.key] or 1.0))
 
     caption = Markup(
         "Posterior CES of each latent with its 95&nbsp;% interval, which resamples the swept images of this one run. "
         "Filled: active latents. Hollow: inactive ones. The numbers are in the tables below."
-    )
+    ) + (SLOTS if any(quantised(group.shown) for group in groups) else "")
     return Figure(f"ces-{slug(data)}", f"{data}: causal effect strength.", caption, _panels(groups, draw))
 
 
@@ -217,17 +230,25 @@ def step_curves(data: str, groups: Sequence[Group], grids: Sequence[tuple[str, s
     """Effect against step on `grids`, of `GRIDS`, for every latent of the shown run."""
     panels = []
     found = {(id(g), grid): g.shown.effects(grid) for g in groups for grid, _ in grids}
-    means = {key: _whole(effects) for key, effects in found.items() if effects}
+    found = {key: effects for key, effects in found.items() if effects}
+    means = {key: _whole(effects) for key, effects in found.items()}
     for group in groups:
         for grid, x_label in grids:
             title = f"{data}, {group.label}, seed {group.shown.seed}: {'raw' if grid == 'fixed' else 'posterior'} steps"
-            effects = found[id(group), grid]
+            effects = found.get((id(group), grid))
             if effects is None:
                 panels.append(Panel(title, missing=f"effects-{grid}.safetensors cannot be read."))
                 continue
-            top = max(float(values.max()) for (_, other), values in means.items() if other == grid)
+            kin = [values for key, values in means.items() if key[1] == grid and found[key].dims == effects.dims]
+            top = max(float(values.max()) for values in kin)
             drawn = _step_lines(effects, means[id(group), grid], units(effects, group.shown))
-            drawing = charts.curves(drawn, x_label, "mean |Δy|, intensity", title, top=top)
+            of = effects.dims[-3]
+            label = (
+                x_label
+                if of == "latent"
+                else f"step {x_label[5]} of a {of}, {'z_e' if grid == 'fixed' else 'sd of z_e'}"
+            )
+            drawing = charts.curves(drawn, label, "mean |Δy|, intensity", title, top=top)
             panels.append(Panel(title, drawing, _mark(group.shown)))
     caption = Markup(
         f"Mean absolute change of the output under do(<i>z<sub>i</sub></i> := <i>μ<sub>i</sub></i> + step), averaged "
@@ -235,28 +256,9 @@ def step_curves(data: str, groups: Sequence[Group], grids: Sequence[tuple[str, s
         "95&nbsp;% bootstrap bands over images; the others in grey. A step of zero changes nothing by definition. "
         "CES is the mean of height over |step|: a straight line would mean an effect proportional to the step."
     )
+    if any(effects.dims[-3] != "latent" for effects in found.values()):
+        caption += " Of codes in slots: a channel of the codes moves at every slot, and they are quantised again."
     return Figure(f"steps-{slug(data)}", f"{data}: effect against step.", caption, tuple(panels))
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What a sweep sets: row `at` of its tensor, mostly a latent."""
-
-    at: int
-    name: str
-    active: bool
-
-
-def units(effects: Effects, run: Run) -> list[Unit]:
-    """From the greatest posterior CES to the least; what is no latent, as a channel of codes, by its own effects."""
-    of = effects.dims[-3]
-    if of == "latent":
-        rows = ordered_latents(run)
-        return [Unit(row["latent"], f"z{subscript(row['latent'])}", row["active"]) for row in rows]
-    values = effects.step_normalised().double() @ effects.group_weights.double()
-    strength = (values.mean(0) if effects.dims[0] == "sample" else values).numpy()
-    order = np.argsort(-strength, kind="stable")
-    return [Unit(int(i), f"{of} {effects.coords[of][int(i)]}", bool(strength[i] > 0)) for i in order]
 
 
 def _step_lines(effects: Effects, mean: np.ndarray, order: Sequence[Unit]) -> list[Curve]:
@@ -281,31 +283,41 @@ def _step_lines(effects: Effects, mean: np.ndarray, order: Sequence[Unit]) -> li
 
 def effect_maps(data: str, groups: Sequence[Group]) -> Figure:
     """Where in the image each latent acts: the step-normalised effect of every cell."""
-    found = {
-        id(group.shown): (_cell_maps(effects), units(effects, group.shown)[:MAPS])
-        for group in groups
-        if (effects := group.shown.effects("posterior"))
-    }
-    top = max((float(values.max()) for values, _ in found.values()), default=0.0) or 1.0
+    found, tops = {}, {}
+    for run in (group.shown for group in groups):
+        of = strength(run)
+        effects = run.effects(of.grid)
+        if effects is not None:
+            values = _cell_maps(effects)
+            found[id(run)] = values, units(effects, run)[:MAPS]
+            tops[of.key] = max(tops.get(of.key, 0.0), float(values.max()))
+    scales = {key: top or 1.0 for key, top in tops.items()}
 
     def draw(run: Run) -> str:
         values, order = found[id(run)]
         labels = [f"{unit.name}{'' if unit.active else ' inactive'}" for unit in order]
         faint = [not unit.active for unit in order]
         chosen = values[[unit.at for unit in order]]
-        return pictures.maps(chosen, labels, faint, top, f"{data}: effect of each latent on the cells of the image")
+        what = f"{data}: effect of each latent on the cells of the image"
+        return pictures.maps(chosen, labels, faint, scales[strength(run).key], what)
 
     caption = Markup(
         "Effect of each latent on each cell of an 8 × 8 mosaic over the image: mean "
         "<span class='formula'>|Δ<i>y</i>|/|<i>t</i>|</span> on the posterior grid, averaged over the cell's pixels "
         "and the swept images; from the greatest posterior CES to the least. One scale for all maps of the data set. "
         "Specificity says how unevenly a map is spread over its cells."
-    )
-    scale = svg.Scale(0, top, 0, 1)
-    ticks = scale.ticks(4)
-    bar = pictures.shade_bar(top, ticks, svg.tick_labels(ticks), "intensity per posterior sd") if found else ""
-    panels = _panels(groups, draw, "effects-posterior.safetensors")
-    return Figure(f"maps-{slug(data)}", f"{data}: where in the image each latent acts.", caption, panels, extra=bar)
+    ) + (SLOTS if any(quantised(group.shown) for group in groups) else "")
+    bars = []
+    for of in (POSTERIOR, RESAMPLE):
+        if of.key in scales:
+            scale = svg.Scale(0, scales[of.key], 0, 1)
+            ticks = scale.ticks(4)
+            unit = of.unit + ("" if of is POSTERIOR else ", code of another image")
+            bars.append(pictures.shade_bar(scales[of.key], ticks, svg.tick_labels(ticks), unit))
+    files = {id(group.shown): f"effects-{strength(group.shown).grid}.safetensors" for group in groups}
+    panels = tuple(panel for group in groups for panel in _panels([group], draw, files[id(group.shown)]))
+    title = f"{data}: where in the image each latent acts."
+    return Figure(f"maps-{slug(data)}", title, caption, panels, extra="".join(bars))
 
 
 def _whole(effects: Effects) -> np.ndarray:
@@ -341,11 +353,6 @@ def _mark(run: Run) -> str:
     return "" if run.trained else "not trained"
 
 
-def ordered_latents(run: Run) -> list[Mapping]:
-    """The rows of the run's latents, from the greatest posterior CES to the least."""
-    return sorted(run.result["latents"], key=lambda row: -(row.get("ces_posterior") or 0.0))
-
-
 def _colours(groups: Sequence[Group]) -> dict[str, str]:
     """A colour for each label; where there are more labels than colours, for each architecture."""
     labels = dict.fromkeys(group.label for group in groups)
@@ -358,10 +365,6 @@ def _colours(groups: Sequence[Group]) -> dict[str, str]:
 def _by_data(groups: Sequence[Group]) -> Iterator[tuple[str, list[Group]]]:
     for data, members in itertools.groupby(groups, key=lambda group: group.data):
         yield data, list(members)
-
-
-def subscript(n: int) -> str:
-    return str(n).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
 
 
 def slug(words: str) -> str:

@@ -255,14 +255,13 @@ def _steps(runs: Sequence[Run], grid: str) -> str:
             steps = sorted(float(step) for step in effects.coords["step"])
             sizes = [abs(step) for step in steps if step > 0]
             even = [-size for size in reversed(sizes)] == [step for step in steps if step < 0]
-            words = listed([f"{size:g}" for size in sizes]) if even else listed([f"{step:g}" for step in steps])
-            found[("±" if even else "") + words] = None
+            found[listed([f"±{size:g}" for size in sizes] if even else [f"{step:g}" for step in steps])] = None
     return " or ".join(found)
 
 
 def _metrics(runs: Sequence[Run]) -> list[str]:
     names = dict.fromkeys(name for run in runs for name in run.result["definitions"])
-    said = [f"Of every model {listed([metric_name(name) for name in names])} were computed, as defined above."]
+    said = [f"Of every model these were computed, as defined above: {'; '.join(map(metric_name, names))}."]
     measured = [run for run in runs if KEY in run.result]
     if measured:
         names = dict.fromkeys(name for run in measured for name in run.result[KEY]["definitions"])
@@ -330,15 +329,15 @@ def _citation(runs: Sequence[Run], title: str) -> tuple[str, str]:
     """A sentence to cite the report by, and an entry for BibTeX; no author, as files do not say who ran the study."""
     versions = listed(sorted({plain(run.result.get("machine", {}).get("version")) for run in runs}))
     last = _days(runs)[-1]
-    count = counted(len(runs), "run")
-    cite = f"{title}. Report of an image study, {count}, {_dates(runs)}. Made with vaecirc_fast {versions}."
+    count, dates = counted(len(runs), "run"), _dates(runs).removeprefix("on ")
+    cite = f"{title}. Report of an image study, {count}, {dates}. Made with vaecirc_fast {versions}."
     entry = [
         f"@misc{{vaecirc_image_study_{last.year},",
         f"  title        = {{{_tex(title)}}},",
         f"  year         = {{{last.year}}},",
         f"  month        = {{{last.month}}},",
         f"  howpublished = {{Report of an image study made with vaecirc\\_fast {_tex(versions)}}},",
-        f"  note         = {{{_tex(count[0].upper() + count[1:])}, {_dates(runs)}}}",
+        f"  note         = {{{_tex(count[0].upper() + count[1:])}, {dates}}}",
         "}",
     ]
     return cite, "\n".join(entry)

@@ -11,7 +11,7 @@ from ..metrics.statistics import Estimate
 from .aggregate import Group, over_seeds, side
 from .disentanglement import KEY
 from .tables import SIDES
-from .words import NOTHING, architecture_name, decimals, interval, metric_name, model_name, number
+from .words import NOTHING, architecture_name, decimals, interval, listed, metric_name, model_name, number
 
 # What the overview shows, each as one table; then what the tables of a data set and of an architecture show as well.
 SHOWN = ("ces_posterior", "specificity", "circuit_modularity", "dci_disentanglement", "mig", "reconstruction")
@@ -96,7 +96,8 @@ def overview(groups: Sequence[Group]) -> Overview | None:
         if any(found.values()):
             columns = [_column([found.get((row, d)) for row in names], units[metric]) for d in data]
             rows = [(row, "", [column[n] for column in columns]) for n, row in enumerate(names)]
-            sheets.append(Sheet(metric_name(metric), units[metric] or "dimensionless", data, rows))
+            unit = (units[metric] or "dimensionless") + _other_units(chosen, metric, units[metric])
+            sheets.append(Sheet(metric_name(metric), unit, data, rows))
     by_data = [s for d in data for s in _side(d, [g for g in chosen if g.data == d], name, readings, near, units)]
     kinds = list(dict.fromkeys(group.architecture for group in chosen))
     by_kind = []
@@ -168,12 +169,25 @@ def _estimate(entry: Mapping[str, Any]) -> Estimate | None:
 
 
 def _units(groups: Sequence[Group]) -> dict[str, str]:
+    """The unit of each metric, that of the first run that has it; the study's own before those of disentanglement."""
     units: dict[str, str] = {}
-    for run in (run for group in groups for run in group.runs):
+    runs = [run for group in groups for run in group.runs]
+    for name, entry in (item for run in runs for item in run.result["definitions"].items()):
+        units.setdefault(name, entry["unit"])
+    for run in runs:
         for name, entry in run.result.get(KEY, {}).get("definitions", {}).items():
             units.setdefault(name, entry["unit"])
-        units |= {name: entry["unit"] for name, entry in run.result["definitions"].items()}
     return units
+
+
+def _other_units(groups: Sequence[Group], metric: str, unit: str) -> str:
+    """What is said of architectures whose unit is another."""
+    found: dict[str, dict[str, None]] = {}
+    for run in (run for group in groups for run in group.runs):
+        other = run.result["definitions"].get(metric, {}).get("unit", unit)
+        if other != unit:
+            found.setdefault(other, {})[architecture_name(run.config["architecture"])] = None
+    return "".join(f"; {listed(names)}: {other}" for other, names in found.items())
 
 
 def _side(

@@ -15,8 +15,9 @@ from . import causal, circuits, disentanglement, figures, inputs, relations
 from .abstract import abstract, sizes
 from .aggregate import Group, definitions, groups
 from .circuits import MediationTable
+from .claims import Findings, read_findings
 from .figures import Figure
-from .findings import Findings, read_findings
+from .latents import quantised
 from .methods import methods
 from .overview import overview
 from .results import Study, read
@@ -86,6 +87,7 @@ def render(study: Study) -> str:
         latents=latents,
         mediation=mediation,
         brief=len(chosen) > FEW,
+        slots=any(quantised(run) for run in study.runs),
         plans=sweep_plans(found[:DETAILED]),
         single=any(len(group.trained) == 1 for group in found),
         yardsticks=[
@@ -96,17 +98,22 @@ def render(study: Study) -> str:
     )
     notes = [*study.notes, *troubles, *(f"{r.path.name}: {note}" for r in study.runs for note in r.notes)]
     template = environment.get_template("page.html")
-    bare = "".join(_unindented(template.render(**parts, notes=notes, sections={name: [] for name in SECTIONS})))
+    bare = "".join(_finished(template.render(**parts, notes=notes, sections={name: [] for name in SECTIONS})))
     every = itertools.chain(_related(found, stated), _figures(chosen, metrics))
     sections, too_much = _fitting(every, LIMIT - len(bare.encode()))
     notes += _left_out(found, chosen, [*too_much, *left_out])
-    return "".join(_unindented(template.render(**parts, notes=notes, sections=sections)))
+    return "".join(_finished(template.render(**parts, notes=notes, sections=sections)))
 
 
-def _unindented(page: str) -> Iterator[str]:
-    """The page without the indentation of its template, as it has many rows; but for what is <pre>."""
-    for part in re.split(r"(<pre.*?</pre>)", page, flags=re.DOTALL):
-        yield part if part.startswith("<pre") else re.sub(r"\n\s+", "\n", part)
+def _finished(page: str) -> Iterator[str]:
+    """The page without the indentation of its template, as it has many rows, and with letters' indices below; but for
+    drawings, tags, and what is <pre>."""
+    page = "".join(
+        part if part.startswith("<pre") else re.sub(r"\n\s+", "\n", part)
+        for part in re.split(r"(<pre.*?</pre>)", page, flags=re.DOTALL)
+    )
+    for part in re.split(r"(<pre.*?</pre>|<svg.*?</svg>|<[^>]*>)", page, flags=re.DOTALL):
+        yield part if part.startswith("<") else re.sub(r"λ_(od|d)\b", r"λ<sub>\1</sub>", part)
 
 
 def _dropped(study: Study, metric: str) -> str:

@@ -16,9 +16,10 @@ from .disentanglement import KEY
 from .figures import Figure, Panel
 from .overview import reading
 from .results import Run
-from .words import architecture_name, metric_name, option_name, plain
+from .words import architecture_name, listed, metric_name, option_name, plain
 
 GREY = "#9a9a9a"
+UNIT = "intensity per posterior sd"
 METRICS = ("ces_posterior", "dci_disentanglement", "mig")
 
 
@@ -59,7 +60,7 @@ def effect_against_disentanglement(
             missing = "One factor: DCI disentanglement is 1 whatever the codes, so there is nothing to relate."
             panels.append(Panel(data, missing=missing))
             continue
-        x_label, y_label = "DCI disentanglement", "CES, intensity per posterior sd"
+        x_label, y_label = "DCI disentanglement", f"CES, {UNIT}"
         what = f"{data}: posterior CES against DCI disentanglement of {len(marks)} networks"
         panels.append(Panel(data, charts.points(marks, x_label, y_label, what, remarks.get(data, ()))))
     if not any(panel.drawing for panel in panels):
@@ -68,12 +69,26 @@ def effect_against_disentanglement(
     entries += [(Mark(0, 0, "#444", 0, hollow=True), "not trained")] if hollow else []
     entries.append((Mark(0, 0, GREY, 0, small=True), "the same networks before training"))
     panels.append(Panel("Key", charts.marks_key(entries)))
-    caption = Markup(
-        "Posterior CES, the mean over all latents, against DCI disentanglement. A point is a run; grey: the same "
-        "network "
-        "before training, with its architecture's shape. Hollow: not trained, and in no correlation."
-    ) + (" Under a panel: the correlation within its data set, as under Findings." if remarks else "")
+    caption = (
+        Markup(
+            "Posterior CES, the mean over all latents, against DCI disentanglement. A point is a run; grey: the same "
+            "network "
+            "before training, with its architecture's shape. Hollow: not trained, and in no correlation."
+        )
+        + _units(groups)
+        + (" Under a panel: the correlation within its data set, as under Findings." if remarks else "")
+    )
     return Figure("ces-dci", "Effect against disentanglement.", caption, tuple(panels), narrow=True)
+
+
+def _units(groups: Sequence[Group]) -> str:
+    """Who has another unit of posterior CES than the axis says."""
+    found: dict[str, dict[str, None]] = {}
+    for group in groups:
+        unit = group.runs[0].result["definitions"].get("ces_posterior", {}).get("unit", UNIT)
+        if unit != UNIT:
+            found.setdefault(unit, {})[architecture_name(group.architecture)] = None
+    return "".join(f" Of {listed(names)} in {unit}." for unit, names in found.items())
 
 
 def _value(run: Run, state: str, metric: str) -> float | None:
@@ -172,7 +187,7 @@ def _panels(
                     kinds[family[0][1].architecture] = None
             if rows:
                 title = f"{data}: {metric_name(metric)}"
-                unit = "intensity per posterior sd" if metric == "ces_posterior" else "dimensionless"
+                unit = UNIT if metric == "ces_posterior" else "dimensionless"
                 where = float(at[data]) if at and at.get(data) else None
                 panels.append(Panel(title, charts.ladders(rows, x_label(data), unit, title, where, log)))
     return panels, kinds

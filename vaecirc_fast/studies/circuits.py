@@ -14,7 +14,7 @@ from .. import metrics
 from ..data import Dataset
 from ..errors import InputError
 from ..groups import mosaic
-from ..interventions import direct_edges, mediate, patch_sweep, run_with_cache
+from ..interventions import direct_edges, mediate, patch, patch_sweep, run_with_cache
 from ..interventions.mediation import TERMS, Mediation
 from ..metrics.causal import REPLICATES
 from ..metrics.statistics import resampled_interval, resampling_weights
@@ -57,7 +57,8 @@ class Circuits:
 @dataclass(frozen=True)
 class Graph:
     """`found`: layers, units, communities, Q and nulls as plain values, empty where a pair of layers has no effect at
-    all or where it cannot be drawn up (`why`); `weights` by "PARENT > CHILD", (V, U) float64; `metrics` as in `Circuits`."""
+    all or where it cannot be drawn up (`why`); `weights` by "PARENT > CHILD", (V, U) float64; `metrics` as in
+    `Circuits`."""
 
     found: dict[str, Any]
     weights: dict[str, Tensor]
@@ -111,7 +112,9 @@ def find_circuits(
         "kind": kind,
         "pairs": pairs,
         "variants": list(variants),
-        "sites": [{"site": subject.shown(site), "units": first["sites"].count(site)} for site in dict.fromkeys(first["sites"])],
+        "sites": [
+            {"site": subject.shown(site), "units": first["sites"].count(site)} for site in dict.fromkeys(first["sites"])
+        ],
         "change": [patched[name]["change"] for name in variants],
         "mediation": mediated,
         "graph": graphs[0].found,
@@ -183,7 +186,9 @@ def _mediated(
     toward = _Toward(model)
     latents = active or list(range(subject.latents))
     given = ((base, way), (source, way))
-    M = mediate(toward, *given, [f"model.{site}" for site in (head, unit) if site], each=True, per_sample=False, seed=seed)
+    M = mediate(
+        toward, *given, [f"model.{site}" for site in (head, unit) if site], each=True, per_sample=False, seed=seed
+    )
     bounds = {term: M.interval(term) for term in TERMS}
     rows = [{"site": subject.shown(head), "unit": i, **_terms(M, bounds, i)} for i in latents]
     if unit:
@@ -222,6 +227,8 @@ def circuit_graph_of(model: Any, ds: Dataset, *, pairs: int, units: int, seed: i
     codes = subject.encode(x)
     z = codes.z_q if subject.quantised else codes[0]
     try:
+        if not isinstance(subject.module, ImageModel):
+            _check_chain(subject, z[:pairs], z[pairs:])
         layers, measured = _direct_effects(subject, z[:pairs], z[pairs:])
     except InputError as error:
         if isinstance(subject.module, ImageModel):
@@ -268,7 +275,9 @@ def _unbounded(values: Mapping[str, float | None], n: int) -> dict[str, dict[str
     }
 
 
-def _direct_effects(subject: Subject, z: Tensor, others: Tensor) -> tuple[dict[str, int], dict[tuple[str, str], Tensor]]:
+def _direct_effects(
+    subject: Subject, z: Tensor, others: Tensor
+) -> tuple[dict[str, int], dict[tuple[str, str], Tensor]]:
     """Sizes of the layers by name, and (V, U) direct effects of each pair of neighbours in child sd per parent sd."""
     decoder = subject.decoder
     if len(subject.chain) < 2:
@@ -286,7 +295,9 @@ def _direct_effects(subject: Subject, z: Tensor, others: Tensor) -> tuple[dict[s
         else:
             E = direct_edges(decoder, z, others, f"{site}.input", site)
             w = E.in_sd()
-            if len(w) != channels:  # features that become the places of channels: the mean over them, as of convolutions
+            if (
+                len(w) != channels
+            ):  # features that become the places of channels: the mean over them, as of convolutions
                 edge = E.tensor.double().unflatten(0, (channels, -1)).mean(1)
                 w = in_sd(edge, E.change.double(), E.parent_sd.double(), _sd(read[after]).double(), "l1")
         layers[child], edges[parent, child] = channels, w.cpu()
@@ -301,6 +312,20 @@ def _direct_effects(subject: Subject, z: Tensor, others: Tensor) -> tuple[dict[s
     w = in_sd(P.tensor.T.double(), change.double(), _sd(a).double(), child_sd, "l1")
     layers["cells"], edges[parent, "cells"] = len(cells), w.cpu()
     return layers, edges
+
+
+def _check_chain(subject: Subject, z: Tensor, others: Tensor) -> None:
+    """InputError unless all that reaches the output of a decoder from elsewhere goes through each of its layers: what
+    one of them reads, taken from other codes, then gives the output of those."""
+    decoder = subject.decoder
+    inputs = [f"{name}.input" for name in subject.chain]
+    after, cache = run_with_cache(decoder, others, inputs)
+    for site in inputs:
+        forced = patch(decoder, z, {site: cache})
+        off = float((forced - after).abs().max())
+        if off > 1e-4 * float(after.abs().max()):
+            name = subject.shown(site.removesuffix(".input"))
+            raise InputError(f"decoder: something goes past {name}, so its layers are no chain to draw a graph of")
 
 
 def _slot_edges(decoder: nn.Module, site: str, z: Tensor, others: Tensor, after: Tensor) -> Tensor:

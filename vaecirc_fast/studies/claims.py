@@ -7,12 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from ..errors import InputError
 from ..metrics.statistics import Estimate, Inference, Verdict, seeds_needed, verdict
 
 Table = Any  # a pandas.DataFrame; its stubs do not know what its methods return
 LEVEL = 0.95
 POWER = 0.8
+AXES = ("latents", "width", "net", "options")  # of a study, that a main design holds constant
+RUN = ("data", "architecture", "trained", "seed", "latents", "options")
 EVERYWHERE = "all data sets"
 CES, DCI = "ces_posterior", "dci_disentanglement"
 # Metrics of which more is better, as the tables of the study have them.
@@ -85,7 +89,7 @@ class Finding:
     ) -> Finding:
         """This claim with an estimate, and the verdict that its interval gives for `side` of `threshold`. Replicates
         that do not vary bound nothing."""
-        alike = math.isfinite(found.low) and found.low == found.high
+        alike = not_varying(found)
         if alike:
             found = replace(found, low=-math.inf, high=math.inf)
             notes = (*notes, f"{found.resampled} do not vary, which bounds nothing")
@@ -106,6 +110,11 @@ class Finding:
         bounded = low is not None and high is not None
         unbounded = "" if bounded or alike else f"{found.n} {found.resampled} cannot bound it"
         return filled.noting(found.note if isinstance(found, Inference) else "", unbounded, *notes)
+
+
+def not_varying(found: Estimate) -> bool:
+    """Whether an interval is a point but for rounding: replicates that are all alike say nothing of how they vary."""
+    return math.isfinite(found.low) and found.high - found.low <= 1e-9 * max(abs(found.low), abs(found.high))
 
 
 def metric_words(name: str) -> str:
@@ -139,8 +148,12 @@ def usable(table: Table, columns: Sequence[str]) -> tuple[Table, list[str]]:
     trained = table[table["trained"].astype(bool)]
     if not len(trained):
         raise InputError("no run is trained" if len(table) else "there are no runs")
-    numbers = trained[list(columns)].apply(lambda values: values.map(_finite)).all(axis=1)
-    kept = trained[numbers] if len(columns) else trained
+    # Only what findings read, as tables are wide.
+    ends = (f"{name}_{end}" for name in columns for end in ("low", "high"))
+    wanted = [name for name in (*RUN, *columns, *ends) if name in table]
+    trained = trained[list(dict.fromkeys(wanted))]
+    numbers = np.array([[_finite(v) for v in trained[name]] for name in columns], dtype=bool).reshape(-1, len(trained))
+    kept = trained[numbers.all(0)]
     if not len(kept):
         raise InputError(f"no trained run has {' and '.join(map(metric_words, columns))}")
     notes = []
@@ -152,7 +165,7 @@ def usable(table: Table, columns: Sequence[str]) -> tuple[Table, list[str]]:
     return kept.astype(dict.fromkeys(columns, float)), notes
 
 
-def reference(table: Table, axes: Sequence[str] = ("latents", "width", "net", "options")) -> Table:
+def reference(table: Table, axes: Sequence[str] = AXES) -> Table:
     """The runs of the main design: those at the most frequent latents, width and net, and of each architecture those
     with its most frequent options (ties: the first). Axes that the table lacks are left alone."""
     for axis in axes:

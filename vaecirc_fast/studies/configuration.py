@@ -153,9 +153,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "coverage": "star",
         "net": "mlp",
+        "width": 0.25,
         "latents": 4,
-        "steps": 60,
-        "images": 300,
+        "options": ("factor_vae.hidden=100",),
+        "steps": 40,
+        "images": 200,
         "sweep_images": 8,
         "pairs": 8,
         "circuit_pairs": 2,

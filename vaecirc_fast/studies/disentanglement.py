@@ -24,6 +24,7 @@ from .subjects import slot_numbers, subject_of
 ON = ("samples", "grid", "none")  # what a study may ask for
 DEAR = ("dci", "sap", "beta_vae_score", "explicitness")  # metrics that fit something
 FEW_PERMUTATIONS, MANY_IMAGES = 2, 2_000  # of those, on more images than that
+NEED_VARIANCE = tuple(METRICS["active_units"].definitions)
 GRID_BATCH = 64  # images a call, by which a CPU's activations stay in its cache
 UNMOVED = ("active_units",)  # which no permutation of a latent's codes changes
 
@@ -72,12 +73,16 @@ class Tabled:
 
 def tabled(encoded: Encoded, seed: int) -> Tabled:
     """The battery on the codes of a model, which `disentanglement` takes for the untrained ones."""
-    return Tabled(*_battery(encoded, seed))
+    rows, left_out = _battery(encoded, seed)
+    if encoded.logvar is None:
+        rows = [row for row in rows if row["metric"] not in NEED_VARIANCE]
+        left_out |= dict.fromkeys(NEED_VARIANCE, "these codes have no posterior variance to compare with")
+    return Tabled(rows, left_out)
 
 
 def disentanglement(trained: Encoded, untrained: Encoded | Tabled | None, seed: int) -> Disentanglement:
-    """The battery on the codes of a model and of its untrained twin, if it has one, and on the model's codes permuted unit-wise: each
-    latent over the images by itself.
+    """The battery on the codes of a model and of its untrained twin, if it has one, and on the model's codes permuted
+    unit-wise: each latent over the images by itself.
 
     Images without labels have the metrics that need none. Intervals are over images or votes, within the run; those of
     the permuted codes are the ones in which one more permutation falls.

@@ -105,7 +105,7 @@ def examine(model: Any, untrained: Any | None, ds: Dataset, protocol: Protocol, 
         return found
 
     p = protocol
-    judged = {"images": p.images, "sweep_images": p.sweep_images, "seed": p.seed}
+    judged: dict[str, Any] = {"images": p.images, "sweep_images": p.sweep_images, "seed": p.seed}
     measured = timed("measuring", lambda: measure(model, ds, **judged))
     inputs = {"trained": timed("inputs", lambda: manipulate(model, ds, pairs=p.pairs, seed=p.seed))}
     control = None
@@ -156,9 +156,7 @@ def examine(model: Any, untrained: Any | None, ds: Dataset, protocol: Protocol, 
         },
         "definitions": {name: {"unit": unit, "definition": text} for name, (unit, text) in definitions.items()},
     }
-    return Examined(
-        result, measured.effects, measured.pictures, circuits.tensors if circuits else None, seconds
-    )
+    return Examined(result, measured.effects, measured.pictures, circuits.tensors if circuits else None, seconds)
 
 
 def plans(examined: Examined) -> dict[str, str]:
@@ -184,7 +182,7 @@ def _kept(model: nn.Module, ds: Dataset, protocol: Protocol, part: str, make: Ca
     for name, tensor in model.state_dict().items():
         if name.split(".")[0] in ("encoder", "decoder", "quantiser", "model"):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     digest.update(repr((getattr(model, "likelihood", ""), getattr(model, "sigma", None))).encode())
     key = (id(ds), ds.name, ds.contents, protocol, part, digest.hexdigest())
     if key not in _CONTROLS:
@@ -243,7 +241,9 @@ class ModelMeasurement:
         """Keep it as a run of the directory `out`, beside those of a study or of other models, and write the report of
         all of them; the report's path."""
         store = RunStore(out)
-        run = store.run(name or f"{self.config['data']}-{self.config['architecture']}-s{self.config['seed']}", self.config)
+        run = store.run(
+            name or f"{self.config['data']}-{self.config['architecture']}-s{self.config['seed']}", self.config
+        )
         with store.lock():
             run.begin()
             self.examined.write(run.path)
@@ -270,8 +270,8 @@ def measure_model(
     likelihood: "bernoulli" or "gaussian", by default the data set's. untrained: the model before training, the control;
     by default it is drawn anew from `seed` where every module with parameters can be (`reset_parameters`), and left out
     otherwise, which `left_out` says. The circuit graph needs a decoder of linear and convolutional layers in a row, and
-    is left out elsewhere. protocol: the fields of `Protocol`: images, sweep_images, pairs, circuit_pairs, circuit_units,
-    battery. The model is not changed, but for evaluation mode.
+    is left out elsewhere. protocol: the fields of `Protocol`: images, sweep_images, pairs, circuit_pairs,
+    circuit_units, battery. The model is not changed, but for evaluation mode.
     InputError for a model that gives other shapes, NaN, or means outside [0, 1] for "bernoulli".
     """
     unknown = protocol.keys() - Protocol.__dataclass_fields__.keys()
@@ -296,7 +296,9 @@ def measure_model(
         if untrained is not None:
             twin = adapted(untrained, ds.shape, likelihood=kind)
         elif encode is not None or decode is not None:
-            left_out["untrained"] = "encode and decode were given as functions, so give untrained= as a model of its own"
+            left_out["untrained"] = (
+                "encode and decode were given as functions, so give untrained= as a model of its own"
+            )
         else:
             try:
                 twin = adapted(reinitialised(model, seed), ds.shape, likelihood=kind)
@@ -311,7 +313,7 @@ def measure_model(
     left_out |= examined.result.get("circuits", {}).get("left_out", {})
     weights = hashlib.blake2b(digest_size=8)
     for key, tensor in model.state_dict().items():
-        weights.update(key.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        weights.update(key.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     config = {
         "study": "image",
         "data": ds.name,

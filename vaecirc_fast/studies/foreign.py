@@ -49,14 +49,20 @@ def adapted(
             f"model: {type(model).__name__} has neither encode and decode nor encoder and decoder; "
             "give both, measure_model(..., encode=, decode=)"
         )
-    return Foreign(model, tuple(shape), likelihood, encode, decode)
+    channels, height, width = shape
+    return Foreign(model, (channels, height, width), likelihood, encode, decode)
 
 
 def _functions(model: nn.Module) -> tuple[Any, Any]:
     """A module's own encode and decode, or else its modules encoder and decoder, as pythae's models have them."""
     for names in (("encode", "decode"), ("encoder", "decoder")):
-        found = tuple(getattr(model, name, None) for name in names)
+        found = (getattr(model, names[0], None), getattr(model, names[1], None))
         if all(map(callable, found)):
+            if names[0] == "encoder" and any(hasattr(model, name) for name in ("quantizer", "quantiser")):
+                raise InputError(
+                    f"model: {type(model).__name__} quantises its codes between encoder and decoder; of such models "
+                    "only vf.models' own VQ-VAE can be measured"
+                )
             return found
     return None, None
 
@@ -100,7 +106,9 @@ class Foreign(nn.Module):
             y = _named(y, IMAGES)
         if isinstance(y, Tensor) and y.ndim >= 2 and len(y) == len(z) and y[0].numel() == math.prod(self.shape):
             return y.reshape(len(z), *self.shape)
-        raise InputError(f"model: expected decode(z) to give images (B = {len(z)}, {_sizes(self.shape)}), got {_described(y)}")
+        raise InputError(
+            f"model: expected decode(z) to give images (B = {len(z)}, {_sizes(self.shape)}), got {_described(y)}"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decode(self.latents(self.encode(x)[0]))
@@ -119,6 +127,8 @@ class Foreign(nn.Module):
         ramp = torch.linspace(0, 1, 2 * math.prod(self.shape), device=like.device, dtype=like.dtype)
         x = ramp.view(2, *self.shape)
         mu, _ = self.encode(x)
+        if not bool(mu.isfinite().all()):
+            raise InputError("model: encode gave NaN or infinity")
         self.width = mu.shape[1]
         before = called_layers(self, lambda: self.encode(x))
         # heads are called last and give L numbers each: they are the latents, or their log-variances

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import metrics
 from ..data import Dataset
+from ..metrics.reconstruction import Likelihood
 
 RECONSTRUCTED = 2_000  # of the judged images: decoding is dearer than encoding, and the ratio needs no more
 _CHUNK = 250
@@ -35,7 +36,7 @@ class Judged:
         """The images that reconstruction is judged on."""
         return self.x[:RECONSTRUCTED]
 
-    def losses(self, kind: str) -> tuple[Tensor, Tensor]:
+    def losses(self, kind: Likelihood) -> tuple[Tensor, Tensor]:
         """Loss of the mean image and of a perfect reconstruction, for "bernoulli" or "squared_error"."""
         if kind not in self.references:
             x = self.reconstructed

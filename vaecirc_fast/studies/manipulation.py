@@ -22,12 +22,13 @@ def manipulate(model: Any, ds: Dataset, *, pairs: int, seed: int) -> dict[str, A
     Returns plain values: kind ("factors" or "regions"), pairs, variants; per site the number of units, the median
     polysemanticity of its units and the share that is monosemantic; the variant x latent matrix of the posterior means,
     in sd of each (of slots of codes the mean over the channels of z_q, in sd over images and channels); and per variant
-    the isolation over the latents, targets from one half of the pairs and effects from the other. Only the encoder runs.
+    the isolation over the latents, targets from one half of the pairs and effects from the other. The decoder does not
+    run.
     """
     subject = subject_of(model)
     encoding, head_site = subject.encoding, subject.head
     kind, base, variants = varied_pairs(ds, pairs, seed)
-    sizes = {"batch_size": batch_size(base)}
+    sizes: dict[str, Any] = {"batch_size": batch_size(base)}
     every = input_effects(encoding, base, variants, subject.encoding_sites, seed=seed, **sizes)
     half = len(base) // 2
     first = input_effects(

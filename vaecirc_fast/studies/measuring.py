@@ -56,11 +56,9 @@ def image_cells(shape: tuple[int, int, int]) -> Groups:
 
 
 @torch.no_grad()
-def measure(
-    model: Any, ds: Dataset, *, images: int, sweep_images: int, seed: int, permute: bool = True
-) -> Measurement:
+def measure(model: Any, ds: Dataset, *, images: int, sweep_images: int, seed: int, permute: bool = True) -> Measurement:
     """Measure `model` on `images` images of `ds` (all where it has fewer), sweeping the first `sweep_images`; its
-    reconstruction on the first `RECONSTRUCTED`.
+    reconstruction on the first `judged.RECONSTRUCTED`.
 
     model: one of `vf.models`, or what `foreign.adapted` made of a module. permute: whether to measure it with permuted
     activations too.

@@ -21,6 +21,7 @@ from .claims import (
     data_sets,
     left_out,
     metric_words,
+    not_varying,
     paired_p,
     reference,
     replicates,
@@ -70,7 +71,7 @@ def _isolated(rows: Table, data: str) -> Finding:
 
 
 def _shares(claim: Finding, found: Estimate, notes: list[str]) -> Finding:
-    if math.isfinite(found.low) and found.low < found.high:
+    if math.isfinite(found.low) and not not_varying(found):
         found = replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
     return claim.concluded(found, "below", 0.5, *notes)
 

@@ -64,7 +64,9 @@ def _outputs(model: models.ImageModel) -> int:
         found.extend(t.numel() for t in (output if isinstance(output, tuple) else (output,)) if torch.is_tensor(t))
 
     handles = [m.register_forward_hook(count) for m in model.modules() if not any(m.children())]
-    model.eval()(torch.zeros(1, *model.shape, device="meta"))
+    model.encoder(torch.zeros(1, *model.shape, device="meta"))
+    width = (model.codebook.shape[1],) if isinstance(model, models.VQVAE) else ()
+    model.decoder(torch.zeros(1, *width, model.latents, device="meta"))
     for handle in handles:
         handle.remove()
     return sum(found)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..metrics.statistics import Estimate, t_interval, verdict
-from .claims import BETTER, DCI, LEVEL, Table, left_out, metric_words, reference, usable
+from .claims import BETTER, DCI, LEVEL, Table, left_out, metric_words, not_varying, reference, usable
 
 METRICS = (DCI, "mig", "specificity", "circuit_modularity")
 LEAST = 3  # data sets that a held-out regret needs: two to rank by, one to hold out
@@ -148,7 +148,7 @@ def _best(wide: Any) -> str:
 
 def _over(values: np.ndarray) -> Estimate:
     found = t_interval(values, LEVEL, resampled="data sets")
-    if found.low == found.high:  # values that do not vary bound nothing
+    if not_varying(found):
         found = replace(found, low=-math.inf, high=math.inf)
     return found
 

@@ -22,6 +22,15 @@ from .sweeping import Sweeps
 
 CHANNEL_IMAGES = 4  # one of so many swept images is swept over channels: those sweeps decode D times 8 codes an image
 NEIGHBOURS = 4
+STRENGTHS = {
+    "ces_raw": "fixed",
+    "ces_posterior": "posterior",
+    "ces_resample": "resample",
+    "ces_z_q": "z_q",
+    "ces_code_swap": "code_swap",
+    "ces_code_neighbour": "code_neighbour",
+}
+CODE_GRIDS = {"fixed": "z_e", "posterior": "z_e"}  # what they are for codes
 
 _NEIGHBOUR = "mean |dy| when the code of slot p becomes its nearest, ..., 4th nearest other code"
 DEFINITIONS = {
@@ -69,41 +78,42 @@ def activity(subject: Subject, coded: Coded) -> Any:
     return table.assign(component_share=coded.component_share.cpu().numpy())
 
 
+def sweep(
+    subject: Subject,
+    coded: Coded,
+    grid: str,
+    images: int,
+    groups: Groups | None,
+    seed: int,
+    reduce: str | None = "mean",
+) -> Effects:
+    """One sweep: "resample", "code_swap" or "code_neighbour" of the slots of the first `images` images; "fixed" or
+    "posterior" (of z_e) or "z_q" of channels on a quarter of them and at least 2."""
+    indices, z_e, z_q, book = coded.indices, coded.z_e, coded.z_q, subject.codebook
+    assert indices is not None and z_e is not None and z_q is not None and book is not None
+    options: dict[str, Any] = {"groups": groups, "effect": "l1", "seed": seed, "reduce": reduce}
+    if grid == "resample":
+        return latent_sweep(SlotDecoder(subject), indices[:images].to(book.dtype), grid="resample", **options)
+    if grid == "code_neighbour":
+        options["draws"] = min(NEIGHBOURS, len(book) - 1)
+    elif grid != "code_swap":
+        images = min(images, max(2, images // CHANNEL_IMAGES))
+        scales = {"fixed": torch.ones_like(book[0]), "posterior": channel_sd(z_e), "z_q": channel_sd(z_q)}
+        options["scale"] = scales[grid]
+    codes = Codes(indices[:images], z_e[:images], z_q[:images])
+    return code_sweep(subject.decoder, codes, book, grid=CODE_GRIDS.get(grid, grid), **options)
+
+
 def sweeps(subject: Subject, coded: Coded, images: int, groups: Groups, seed: int) -> Sweeps:
-    """Codes of slots on the first `images` images, channels on a quarter of them and at least 2."""
-    assert coded.indices is not None and coded.z_e is not None and coded.z_q is not None
-    book, few = subject.codebook, min(images, max(2, images // CHANNEL_IMAGES))
-    assert book is not None
-    shared: dict[str, Any] = {"groups": groups, "effect": "l1", "seed": seed}
-    resample = functools.partial(
-        latent_sweep, SlotDecoder(subject), coded.indices[:images].to(book.dtype), grid="resample", **shared
-    )
-
-    def sweep(grid: str, count: int, **options: Any) -> Effects:
-        codes = Codes(coded.indices[:count], coded.z_e[:count], coded.z_q[:count])
-        return code_sweep(subject.decoder, codes, book, grid=grid, **shared, **options)
-
-    effects = {
-        "fixed": sweep("z_e", few, scale=torch.ones_like(book[0])),
-        "posterior": sweep("z_e", few, scale=channel_sd(coded.z_e)),
-        "resample": resample(),
-        "z_q": sweep("z_q", few, scale=channel_sd(coded.z_q)),
-        "code_swap": sweep("code_swap", images),
-        "code_neighbour": sweep("code_neighbour", images, draws=min(NEIGHBOURS, len(book) - 1)),
-    }
+    """All of `STRENGTHS`."""
+    of = functools.partial(sweep, subject, coded, images=images, groups=groups, seed=seed)
+    effects = {grid: of(grid) for grid in STRENGTHS.values()}
     return Sweeps(
-        strengths={
-            "ces_raw": effects["fixed"],
-            "ces_posterior": effects["posterior"],
-            "ces_resample": effects["resample"],
-            "ces_z_q": effects["z_q"],
-            "ces_code_swap": effects["code_swap"],
-            "ces_code_neighbour": effects["code_neighbour"],
-        },
+        strengths={name: effects[grid] for name, grid in STRENGTHS.items()},
         per_latent=("ces_resample", "ces_code_swap", "ces_code_neighbour"),
         of_latents=effects["resample"],
         files=effects,
-        each=lambda: resample(reduce=None),
+        each=lambda: of("resample", reduce=None),
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import metrics
 from ..errors import InputError
+from ..metrics.reconstruction import Likelihood
 from ..models import ImageModel
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
@@ -37,7 +38,7 @@ class Subject:
     encoding: nn.Module
     shape: tuple[int, int, int]
     latents: int
-    loss: str
+    loss: Likelihood
     head: str
     encoding_sites: tuple[str, ...]
     before: tuple[str, ...]
@@ -89,7 +90,7 @@ def subject_of(model: Any) -> Subject:
             f"model: expected one of vf.models, got {type(model).__name__}; "
             "vf.studies.measure_model takes any module with encode and decode"
         )
-    loss = "bernoulli" if model.likelihood == "bernoulli" else "squared_error"
+    loss: Likelihood = "bernoulli" if model.likelihood == "bernoulli" else "squared_error"
     codebook = getattr(model, "codebook", None)
     quantised = isinstance(codebook, Tensor)
     encoder, decoder = layers_of(model.encoder), layers_of(model.decoder)

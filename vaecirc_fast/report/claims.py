@@ -12,7 +12,19 @@ from typing import Any
 from .._files import read_json
 from ..errors import InputError
 from .tables import Printed
-from .words import NOTHING, data_name, decimals, interval, number, plain, probability
+from .words import (
+    NOTHING,
+    architecture_name,
+    counted,
+    data_name,
+    decimals,
+    interval,
+    listed,
+    metric_name,
+    number,
+    plain,
+    probability,
+)
 
 FILE = "findings.json"
 EVERYWHERE = "all data sets"
@@ -46,20 +58,36 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Recommendation:
+    """What to take by one metric; `regrets`: of the advice on held-out data sets, of random choice, and the gain."""
+
+    metric: str
+    data: str
+    architecture: str
+    ranks: str
+    regrets: Sequence[Printed]
+    verdict: str
+    replicates: str
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Findings:
-    """`rows`; `recommended`: rows of (name, value) of each recommendation; `notes`; `found`: findings.json itself."""
+    """`rows`; `recommended`, one a metric; `notes`; `found`: findings.json itself."""
 
     rows: Sequence[Row] = ()
-    recommended: Sequence[Sequence[str]] = ()
-    columns: Sequence[str] = ()
+    recommended: Sequence[Recommendation] = ()
     notes: Sequence[str] = ()
     found: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def counts(self) -> list[tuple[str, int]]:
-        """How many claims have each verdict."""
-        found = [(verdict, sum(row.verdict == verdict for row in self.rows)) for verdict in VERDICTS]
-        return [(verdict, count) for verdict, count in found if count]
+    def tally(self) -> str:
+        """How many claims have each verdict, as a sentence."""
+        verbs = {"holds": ("holds", "hold"), "does not hold": ("does not hold", "do not hold")}
+        verbs["undecided"] = ("is undecided", "are undecided")
+        counts = [(verdict, sum(row.verdict == verdict for row in self.rows)) for verdict in VERDICTS]
+        said = [f"{count} {verbs[verdict][count != 1]}" for verdict, count in counts if count]
+        return f"Of {counted(len(self.rows), 'claim')} {listed(said)}."
 
     def correlation(self, data: str) -> list[str]:
         """What the panel of a data set, by its name in configurations, says of CES and DCI within it."""
@@ -94,8 +122,8 @@ def read_findings(directory: Path) -> tuple[Findings, list[str]]:
         what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         return Findings(), [f"{FILE} cannot be used ({what.replace(f'{directory}/', '')}): there are no findings here."]
     rows = [_row(entry) for entry in found["findings"]]
-    columns, recommended = _recommended(found.get("recommend", []))
-    return Findings(rows, recommended, columns, [str(note) for note in found.get("notes", [])], found), []
+    recommended = [_recommended(entry) for entry in found.get("recommend", [])]
+    return Findings(rows, recommended, [str(note) for note in found.get("notes", [])], found), []
 
 
 def _check(found: Any) -> None:
@@ -116,8 +144,13 @@ def _check(found: Any) -> None:
     for key in ("recommend", "notes"):
         if not isinstance(found.get(key, []), list):
             raise TypeError(f"{key} is no list")
-    if not all(isinstance(entry, dict) for entry in found.get("recommend", [])):
-        raise TypeError("a recommendation is no object")
+    for entry in found.get("recommend", []):
+        if not isinstance(entry, dict):
+            raise TypeError("a recommendation is no object")
+        entry["metric"]
+        for key in ("regret", "random", "gain", "ranks"):
+            if entry.get(key) is not None and not isinstance(entry[key], dict):
+                raise TypeError(f"{key} of a recommendation is no object")
 
 
 def _row(entry: Mapping[str, Any]) -> Row:
@@ -157,26 +190,31 @@ def _words(value: Any) -> str:
     return "" if value is None else value if isinstance(value, str) else plain(value)
 
 
-def _recommended(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """The columns and the rows of the table of recommendations: what entries have, numbers with their intervals."""
-    keys = [
-        key for key in dict.fromkeys(key for entry in entries for key in entry) if not key.endswith(("_low", "_high"))
-    ]
-    keys = [key for key in keys if key not in ("low", "high")]
-    rows = []
-    for entry in entries:
-        row = []
-        for key in keys:
-            value = entry.get(key)
-            low, high = entry.get(f"{key}_low"), entry.get(f"{key}_high")
-            if isinstance(value, Mapping) and "value" in value:
-                value, low, high = (value.get(k) for k in ("value", "low", "high"))
-            elif key in ("regret", "estimate", "value") and low is None:
-                low, high = entry.get("low"), entry.get("high")
-            if isinstance(value, float):
-                places = min(4, decimals([v for v in (value, low, high) if isinstance(v, int | float)], 2))
-                row.append(f"{number(value, places)} {interval(low, high, places)}".strip())
-            else:
-                row.append(_words(value) or NOTHING)
-        rows.append(row)
-    return [key.replace("_", " ") for key in keys], rows
+def _recommended(entry: Mapping[str, Any]) -> Recommendation:
+    ranks = entry.get("ranks") or {}
+    return Recommendation(
+        metric_name(str(entry["metric"])),
+        data_name(str(entry.get("data") or "")),
+        architecture_name(str(entry["architecture"])) if entry.get("architecture") else NOTHING,
+        "; ".join(f"{architecture_name(name)} {plain(round(rank, 1))}" for name, rank in _sorted(ranks)) or NOTHING,
+        [_held_out(entry.get(key)) for key in ("regret", "random", "gain")],
+        str(entry.get("verdict") or "undecided"),
+        _of_data_sets(entry.get("regret")),
+        [str(note) for note in entry.get("notes") or ()],
+    )
+
+
+def _sorted(ranks: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(ranks.items(), key=lambda item: item[1])
+
+
+def _held_out(found: Mapping[str, Any] | None) -> Printed:
+    if not found or found.get("value") is None:
+        return Printed(NOTHING)
+    value, low, high = (found.get(key) for key in ("value", "low", "high"))
+    places = min(4, decimals([value], 2))
+    return Printed(number(value, places), interval(low, high, places))
+
+
+def _of_data_sets(found: Mapping[str, Any] | None) -> str:
+    return f"{plain(found['n'])} {found.get('resampled', '')}".strip() if found and found.get("n") else NOTHING

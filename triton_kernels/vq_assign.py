@@ -12,14 +12,15 @@ import triton.language as tl
 
 @triton.jit
 def _nearest_kernel(
-    z,  # (N, D)
-    codebook,  # (K, D)
+    z,  # (N, W), of channels D and beyond zeros
+    codebook,  # (K, W)
     indices,  # (N) int64
     z_q,  # (N, D)
     distance,  # (N)
     N,
     K,
     D,
+    W,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -33,11 +34,11 @@ def _nearest_kernel(
         k = k0 + tl.arange(0, BLOCK_K)
         product = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         square = tl.zeros([BLOCK_K], tl.float32)
-        for d0 in range(0, D, BLOCK_D):
+        for d0 in range(0, W, BLOCK_D):
             d = d0 + channel
-            x = tl.load(z + n[:, None] * D + d[None, :], mask=rows[:, None] & (d < D)[None, :], other=0.0)
+            x = tl.load(z + n[:, None] * W + d[None, :], mask=rows[:, None] & (d < W)[None, :], other=0.0)
             e = tl.load(
-                codebook + k[None, :].to(tl.int64) * D + d[:, None], mask=(k < K)[None, :] & (d < D)[:, None], other=0.0
+                codebook + k[None, :].to(tl.int64) * W + d[:, None], mask=(k < K)[None, :] & (d < W)[:, None], other=0.0
             )
             product = tl.dot(x, e, product, input_precision="ieee")
             square += tl.sum(e * e, 0)
@@ -48,18 +49,18 @@ def _nearest_kernel(
         nearest = tl.where(best < least, first, nearest)
         least = tl.minimum(best, least)
     probe = tl.zeros([BLOCK_N], tl.float32)  # 0 times the row: 0 where it is finite
-    for d0 in range(0, D, BLOCK_D):
+    for d0 in range(0, W, BLOCK_D):
         d = d0 + channel
-        x = tl.load(z + n[:, None] * D + d[None, :], mask=rows[:, None] & (d < D)[None, :], other=0.0)
+        x = tl.load(z + n[:, None] * W + d[None, :], mask=rows[:, None] & (d < W)[None, :], other=0.0)
         probe += tl.sum(x * 0.0, 1)
     nearest = tl.where(probe == 0.0, nearest, 0)
     squares = tl.zeros([BLOCK_N], tl.float32)
-    for d0 in range(0, D, BLOCK_D):
+    for d0 in range(0, W, BLOCK_D):
         d = d0 + channel
-        inside = rows[:, None] & (d < D)[None, :]
-        x = tl.load(z + n[:, None] * D + d[None, :], mask=inside, other=0.0)
-        e = tl.load(codebook + nearest[:, None].to(tl.int64) * D + d[None, :], mask=inside, other=0.0)
-        tl.store(z_q + n[:, None] * D + d[None, :], e, mask=inside)
+        inside = rows[:, None] & (d < W)[None, :]
+        x = tl.load(z + n[:, None] * W + d[None, :], mask=inside, other=0.0)
+        e = tl.load(codebook + nearest[:, None].to(tl.int64) * W + d[None, :], mask=inside, other=0.0)
+        tl.store(z_q + n[:, None] * D + d[None, :], e, mask=inside & (d < D)[None, :])
         squares += tl.sum((x - e) * (x - e), 1)
     tl.store(indices + n, nearest.to(tl.int64), mask=rows)
     tl.store(distance + n, squares, mask=rows)
@@ -92,13 +93,14 @@ def forward(z, codebook, with_totals):
     """z (N, D), codebook (K, D), float32 -> z_q, indices, distances, counts, sums; see the reference."""
     z, codebook = z.contiguous(), codebook.contiguous()
     (N, D), K = z.shape, len(codebook)
+    more = -D % 16  # channels of zeros: rows at any other address cost registers for theirs, and spill
+    wide = [torch.cat([t, t.new_zeros(len(t), more)], 1) if more else t for t in (z, codebook)]
     indices, z_q, distance = z.new_empty(N, dtype=torch.int64), torch.empty_like(z), z.new_empty(N)
-    interpreted = z.device.type == "cpu"  # which wants few, large programs
     if N:
-        block = 1024 if interpreted else 64
+        block = 1024 if z.device.type == "cpu" else 64  # the interpreter wants few, large programs
         _nearest_kernel[(triton.cdiv(N, block),)](
-            *(z, codebook, indices, z_q, distance, N, K, D),
-            **{"BLOCK_N": block, "BLOCK_K": 32, "BLOCK_D": 16},  # larger ones spill
+            *(*wide, indices, z_q, distance, N, K, D, D + more),
+            **{"BLOCK_N": block, "BLOCK_K": 64, "BLOCK_D": 16},
         )
     if not with_totals:
         return z_q, indices, distance, indices.new_empty(0), z.new_empty(0)

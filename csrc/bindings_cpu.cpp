@@ -24,6 +24,7 @@
 #include "cpu/threshold_encode.h"
 #include "cpu/topk.h"
 #include "cpu/topk_encode.h"
+#include "cpu/vq_assign.h"
 
 namespace py = pybind11;
 using namespace vaecirc;
@@ -56,6 +57,7 @@ struct Kernels {
     int64_t (*sparse_decode_values)(const SparseDecodeValues&);
     int64_t (*sparse_accumulate)(const SparseAccumulate&);
     int64_t (*sparse_adam)(const SparseAdam&);
+    bool (*vq_assign)(const VqAssign&);
 };
 
 #define VAECIRC_KERNELS(set)         \
@@ -83,7 +85,8 @@ struct Kernels {
      set::sparse_decode,             \
      set::sparse_decode_values,      \
      set::sparse_accumulate,         \
-     set::sparse_adam},
+     set::sparse_adam,               \
+     set::vq_assign},
 const Kernels BUILT[] = {VAECIRC_FOR_EACH_ISA(VAECIRC_KERNELS)};
 const Kernels* chosen = &BUILT[0];
 
@@ -413,4 +416,12 @@ PYBIND11_MODULE(_C, m) {
                                                          decoupled,
                                                          threads}));
           });
+    // sizes: N, K, D. out: indices, z_q, distances, counts, sums.
+    m.def("vq_assign", [](int dtype, uintptr_t z, uintptr_t codebook, const std::array<int64_t, 3>& sizes,
+                          const std::array<uintptr_t, 5>& out, int threads) {
+        py::gil_scoped_release release;
+        checked(chosen->vq_assign({DType(dtype), at<void>(z), at<void>(codebook), sizes[0], sizes[1], sizes[2],
+                                   at<int64_t>(out[0]), at<void>(out[1]), at<void>(out[2]), at<int64_t>(out[3]),
+                                   at<void>(out[4]), threads}));
+    });
 }

@@ -27,11 +27,10 @@ def pose(centre: Tensor, size: Tensor, turn: Tensor | None = None) -> Tensor:
     size: (..., 3), by how much the solid is scaled along its own axes, > 0: the half lengths of the edges of a box.
     turn: (..., 3, 3), the rotation by which the solid's axes are turned in the world; None for none.
     """
-    shape = torch.broadcast_shapes(centre.shape, size.shape, () if turn is None else turn.shape[:-1])
-    centre, size = centre.expand(shape), size.expand(shape)
     turn = torch.eye(3, dtype=size.dtype, device=size.device) if turn is None else turn
     linear = turn.mT / size[..., None]
-    return torch.cat([linear, -(linear @ centre[..., None])], -1)
+    offset = -(linear @ centre[..., None])
+    return torch.cat([linear.expand(*offset.shape[:-1], 3), offset], -1)
 
 
 def about(axis: int, angle: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from .tc_logsumexp import tc_logsumexp
 from .threshold_encode import threshold_encode
 from .topk import topk
 from .topk_encode import topk_encode
+from .vq_assign import vq_assign
 
 __all__ = [
     "boosted_importance",
@@ -30,4 +31,5 @@ __all__ = [
     "threshold_encode",
     "topk",
     "topk_encode",
+    "vq_assign",
 ]

@@ -12,7 +12,7 @@ from vaecirc_fast.data.scm_sprites import GRAPHS, NAMES, SIZES, SCMSprites
 from vaecirc_fast.errors import InputError
 from vaecirc_fast.interventions.codes import Codes
 from vaecirc_fast.metrics import reachable
-from vaecirc_fast.studies.causal_graphs import recover, recovered
+from vaecirc_fast.studies.causal_graphs import codes_of, recover, recovered
 
 FAST = {"images": 24, "probe_images": 250, "replicates": 30}
 
@@ -140,6 +140,15 @@ def test_discrete_or_few_latents_are_left_out_with_the_reason():
     assert quantised.data["direct"].score.shd.value == 0
     assert not narrow.latents and narrow.left_out == "4 latents cannot hold 5 factors one each"
     assert json.dumps(narrow.plain(), allow_nan=False)
+
+
+def test_a_vector_quantiser_is_read_by_its_quantised_vectors():
+    ds = SCMSprites()
+    model = models.build("vq_vae", shape=ds.shape, latents=6, net="mlp", codes=16)
+    x, _ = ds.sample(5, torch.Generator().manual_seed(0))
+    assert torch.equal(codes_of(model.eval(), x), model.encode(x).z_q.flatten(1))
+    found = recover(model, ds, **FAST | {"images": 8}).plain()
+    assert "discrete" in found["left_out"] and json.dumps(found, allow_nan=False)
 
 
 def test_the_same_call_gives_the_same_numbers():

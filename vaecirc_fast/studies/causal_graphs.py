@@ -329,7 +329,8 @@ def codes_of(model: Any, x: Tensor, batch: int = 250) -> Tensor:
 def _encode(model: Any, x: Tensor) -> Any:
     """Means (B, L), or the `Codes` of a vector quantiser."""
     found = model.encode(_on_device(model, x))
-    found = found[0] if isinstance(found, tuple) else found
+    if isinstance(found, tuple) and not hasattr(found, "z_q"):  # `Codes` is a tuple too
+        found = found[0]
     if not hasattr(found, "z_q") and not (isinstance(found, Tensor) and found.ndim == 2 and len(found) == len(x)):
         raise InputError(f"model: expected encode(x) to give codes (B, L) or (mu, logvar), got {type(found).__name__}")
     return found

@@ -59,7 +59,10 @@ def _plain(table: Table) -> dict[str, Any]:
     ]
     seeds = table.groupby(["data", "architecture", "options", "latents", "width"], dropna=False)["seed"].nunique().max()
     if seeds < 2:
-        notes.append("One seed of each configuration: replicates are architectures or data sets, as each finding says.")
+        notes.append(
+            "One seed of each configuration: replicates are architectures or data sets, as each finding says. What "
+            "that seed does to all of them alike is in no interval."
+        )
     return _finite(
         {
             "findings": [finding.plain() for finding in findings(table)],

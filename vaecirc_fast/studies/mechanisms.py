@@ -65,7 +65,7 @@ def _isolated(rows: Table, data: str) -> Finding:
         kept, notes = usable(rows, ["isolation"])
         values, of = replicates(kept, ["isolation"])
         found = t_interval(values["isolation"].to_numpy(), LEVEL, resampled=of)
-        return _shares(claim, found, notes).noting("0: isolated, 1: all of it elsewhere")
+        return _shares(claim, found, notes).noting("0: isolated, 1: all of it elsewhere", _one_seed(kept))
 
     return attempted(claim, conclude)
 
@@ -74,6 +74,10 @@ def _shares(claim: Finding, found: Estimate, notes: list[str]) -> Finding:
     if math.isfinite(found.low) and not not_varying(found):
         found = replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
     return claim.concluded(found, "below", 0.5, *notes)
+
+
+def _one_seed(rows: Table) -> str:
+    return "" if rows["seed"].nunique() > 1 else "one seed: what it does to all of them alike is in no interval"
 
 
 def _gain(rows: Table, data: str, factor: str) -> Finding:
@@ -94,6 +98,7 @@ def _gain(rows: Table, data: str, factor: str) -> Finding:
         if kept.groupby("seed")[f"untrained_{name}"].nunique().lt(kept.groupby("seed").size()).any():
             notes.append("architectures of a seed start from one network: how untrained ones vary is hardly known")
         done = claim.concluded(found, "below", 0.0, levels, *notes)
+        done = done.noting(_one_seed(kept))
         more = seeds_note(float(gaps.std(ddof=1)) / math.sqrt(2), e.value, of) if len(gaps) > 1 else ""
         return done.noting(more if done.verdict == "undecided" else "")
 

@@ -15,8 +15,8 @@ from . import causal, circuits, disentanglement, figures, inputs, relations
 from .abstract import abstract, sizes
 from .aggregate import Group, definitions, groups
 from .circuits import MediationTable
-from .figures import Figure
 from .claims import Findings, read_findings
+from .figures import Figure
 from .latents import quantised
 from .methods import methods
 from .overview import overview

@@ -21,6 +21,7 @@ OPS = [
     "histogram_mi",
     "latent_sweep",
     "patch_mix",
+    "render_scene",
     "render_sprites",
     "sparse_adam",
     "sparse_decode",
@@ -28,6 +29,7 @@ OPS = [
     "threshold_encode",
     "topk",
     "topk_encode",
+    "vq_assign",
 ]  # with a C++ kernel
 KERNELS = [f"csrc/cpu/{name}.cpp" for name in [*OPS, "network_rows"]]
 SHARED = ["activations", "effect_rows", "network_rows", "panels", "registers", "topk_select"]  # headers

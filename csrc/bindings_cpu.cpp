@@ -16,6 +16,7 @@
 #include "cpu/histogram_mi.h"
 #include "cpu/latent_sweep.h"
 #include "cpu/patch_mix.h"
+#include "cpu/render_scene.h"
 #include "cpu/render_sprites.h"
 #include "cpu/sparse_adam.h"
 #include "cpu/sparse_decode.h"
@@ -23,6 +24,7 @@
 #include "cpu/threshold_encode.h"
 #include "cpu/topk.h"
 #include "cpu/topk_encode.h"
+#include "cpu/vq_assign.h"
 
 namespace py = pybind11;
 using namespace vaecirc;
@@ -39,6 +41,7 @@ struct Kernels {
     bool (*histogram_mi)(const HistogramMi&);
     bool (*latent_sweep)(const LatentSweep&);
     bool (*patch_mix)(const PatchMix&);
+    bool (*render_scene)(const RenderScene&);
     int64_t (*render_sprites)(const RenderSprites&);
     bool (*tc_logsumexp)(const TcLogsumexp&);
     bool (*tc_logsumexp_backward)(const TcLogsumexpBackward&);
@@ -54,6 +57,7 @@ struct Kernels {
     int64_t (*sparse_decode_values)(const SparseDecodeValues&);
     int64_t (*sparse_accumulate)(const SparseAccumulate&);
     int64_t (*sparse_adam)(const SparseAdam&);
+    bool (*vq_assign)(const VqAssign&);
 };
 
 #define VAECIRC_KERNELS(set)         \
@@ -66,6 +70,7 @@ struct Kernels {
      set::histogram_mi,              \
      set::latent_sweep,              \
      set::patch_mix,                 \
+     set::render_scene,              \
      set::render_sprites,            \
      set::tc_logsumexp,              \
      set::tc_logsumexp_backward,     \
@@ -80,7 +85,8 @@ struct Kernels {
      set::sparse_decode,             \
      set::sparse_decode_values,      \
      set::sparse_accumulate,         \
-     set::sparse_adam},
+     set::sparse_adam,               \
+     set::vq_assign},
 const Kernels BUILT[] = {VAECIRC_FOR_EACH_ISA(VAECIRC_KERNELS)};
 const Kernels* chosen = &BUILT[0];
 
@@ -264,6 +270,15 @@ PYBIND11_MODULE(_C, m) {
             chosen->patch_mix({at<float>(base), at<float>(source), at<int64_t>(order), at<int64_t>(starts),
                                at<int64_t>(stops), at<float>(reference), L, rows_of("patch_mix", network, layers)}));
     });
+    m.def("render_scene",
+          [](const std::array<uintptr_t, 7>& in, const std::array<int64_t, 6>& sizes, uintptr_t out, int threads) {
+              py::gil_scoped_release release;
+              const auto [kind, pose, shape, colour, camera, light, background] = in;
+              const auto [B, P, C, H, W, samples] = sizes;
+              checked(chosen->render_scene({at<int64_t>(kind), at<float>(pose), at<float>(shape), at<float>(colour),
+                                            at<float>(camera), at<float>(light), at<float>(background), B, P, C, H, W,
+                                            samples, at<float>(out), threads}));
+          });
     m.def("render_sprites",
           [](uintptr_t factors, int64_t B, const std::array<int64_t, 6>& sizes, uintptr_t x, int64_t vertices,
              uintptr_t first, uintptr_t crossings, int format, uintptr_t out, bool fresh, int threads) {
@@ -401,4 +416,12 @@ PYBIND11_MODULE(_C, m) {
                                                          decoupled,
                                                          threads}));
           });
+    // sizes: N, K, D. out: indices, z_q, distances, counts, sums.
+    m.def("vq_assign", [](int dtype, uintptr_t z, uintptr_t codebook, const std::array<int64_t, 3>& sizes,
+                          const std::array<uintptr_t, 5>& out, int threads) {
+        py::gil_scoped_release release;
+        checked(chosen->vq_assign({DType(dtype), at<void>(z), at<void>(codebook), sizes[0], sizes[1], sizes[2],
+                                   at<int64_t>(out[0]), at<void>(out[1]), at<void>(out[2]), at<int64_t>(out[3]),
+                                   at<void>(out[4]), threads}));
+    });
 }

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .errors import BackendError, InputError, MissingExtra, TrainingDiverged
+from .errors import BackendError, InputError, MissingExtra, RunFailed, TrainingDiverged
 
 USAGE = """usage: vaecirc COMMAND ...
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except (InputError, MissingExtra) as error:
         return _fail(error, 2)
-    except (TrainingDiverged, BackendError) as error:
+    except (TrainingDiverged, BackendError, RunFailed) as error:
         return _fail(error, 1)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end

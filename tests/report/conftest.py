@@ -93,7 +93,8 @@ def small_study(out, **more):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     changes = {"steps": 20, "images": 100, "sweep_images": 8, "pairs": 8, "net": "mlp", "data": ["digits"], **more}
-    image.run(image.Config.preset("smoke", out=out, **changes), progress=False)
+    settings = {"data": ["digits"], "architectures": ["vae", "beta_vae"], "coverage": "all", "workers": 1} | changes
+    image.run(image.Config.preset("smoke", out=out, **settings), progress=False)
     torch.set_num_threads(threads)
     return out
 

@@ -14,6 +14,7 @@ from vaecirc_fast.errors import InputError
 from vaecirc_fast.interventions import patch_sweep
 from vaecirc_fast.studies import circuits, image
 from vaecirc_fast.studies.manipulation import varied_pairs
+from vaecirc_fast.studies.subjects import subject_of
 
 SIDE, VALUES = 8, 9
 
@@ -164,7 +165,7 @@ def test_the_graph_of_a_convolutional_decoder_has_channels_as_units():
     torch.manual_seed(1)
     model = vf.models.build("vae", (1, 16, 16), 3, width=0.125).eval()
     z, others = torch.randn(2, 6, 3)
-    layers, edges = circuits._direct_effects(model.decoder, z, others)
+    layers, edges = circuits._direct_effects(subject_of(model), z, others)
     assert layers == {"latents": 3, "fc1": 32, "fc2": 8, "ct1": 4, "cells": 16}
     base, source = (vf.interventions.run_with_cache(model.decoder, x, ["fc1", "fc2"])[1] for x in (z, others))
     weight = model.decoder.fc2.weight.double()
@@ -198,7 +199,7 @@ CIRCUITS = {"circuit_pairs": 8, "circuit_units": 3}
 
 def test_a_study_stores_circuits_and_their_control(tmp_path):
     torch.set_num_threads(1)
-    config = image.Config.preset("smoke", out=tmp_path, architectures=["vae"], **TINY, **CIRCUITS)
+    config = image.Config.preset("smoke", out=tmp_path, data=["digits"], architectures=["vae"], **TINY, **CIRCUITS)
     page = image.run(config, progress=False).read_text()
     (run,) = tmp_path.glob("runs/*")
     result = json.loads((run / "result.json").read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -233,5 +234,8 @@ def test_a_study_stores_circuits_and_their_control(tmp_path):
 )
 def test_wrong_sizes_are_refused(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
-        image.run(image.Config.preset("smoke", out=tmp_path / "new", **changes), progress=False)
+        image.run(
+            image.Config.preset("smoke", out=tmp_path / "new", data=["digits"], architectures=["vae"], **changes),
+            progress=False,
+        )
     assert not (tmp_path / "new").exists()

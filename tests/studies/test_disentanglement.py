@@ -14,8 +14,9 @@ from vaecirc_fast.data.folder import Folder
 from vaecirc_fast.metrics import Encoded
 from vaecirc_fast.metrics.battery import METRICS
 from vaecirc_fast.studies import disentanglement as module
-from vaecirc_fast.studies import image, measuring
+from vaecirc_fast.studies import image
 from vaecirc_fast.studies.disentanglement import disentanglement
+from vaecirc_fast.studies.judged import judged_images
 
 NAMES = [name for metric in METRICS.values() for name in metric.definitions]
 WITHOUT_LABELS = [name for metric in METRICS.values() if not metric.labels for name in metric.definitions]
@@ -148,7 +149,9 @@ def config(out, **changes):
         "batch_size": 8,
         "circuit_pairs": 0,
     }
-    return image.Config.preset("smoke", out=out, architectures=("vae",), precision="fp32").replaced(sizes | changes)
+    return image.Config.preset("smoke", out=out, data=("digits",), architectures=("vae",), precision="fp32").replaced(
+        sizes | changes
+    )
 
 
 def result(out):
@@ -163,7 +166,8 @@ def test_a_study_keeps_them_with_the_codes_that_its_models_are_judged_on(tmp_pat
     assert table["images"] == 60 and table["whole_grid"] is False and kept["timing"]["disentanglement"] > 0
     model = vf.models.load(next(tmp_path.glob("runs/*/model.safetensors")))
     ds = data.load("digits")
-    x, v = measuring._evaluation_images(ds, 60, image.EVALUATION_SEED)
+    judged = judged_images(ds, 60, image.EVALUATION_SEED)
+    x, v = judged.x, judged.v
     mu = model.eval().encode(x)[0].detach()
     for state, codes in (
         ("trained", mu),

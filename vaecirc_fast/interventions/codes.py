@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..groups import Groups
 from ..metrics.causal import REPLICATES
+from ..models.codes import Codes
 from . import grids
 from .accumulate import Axes
 from .effects import Effects
@@ -21,19 +21,6 @@ from .engine import Calls, GenericPath, check_options, sweep
 NAMES = ("code_swap", "code_neighbour", "z_e", "z_q")
 DISCRETE = ("code_swap", "code_neighbour")
 _SCORE_BYTES = 8 << 20  # of distances to codes at once
-
-
-@dataclass(frozen=True)
-class Codes:
-    """What a vector quantiser makes of N inputs. Positions are the axes after the channels, as (H, W) or (T,).
-
-    indices: (N, ...) integers, the code of each position. z_e: (N, D, ...) floats, before quantisation. z_q:
-    (N, D, ...) floats, codebook[indices] with channels second: what the decoder is given.
-    """
-
-    indices: Tensor
-    z_e: Tensor
-    z_q: Tensor
 
 
 @torch.no_grad()

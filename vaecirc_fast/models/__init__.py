@@ -10,18 +10,49 @@ import torch
 
 from .._tensor_files import read_tensors, write_tensors
 from ..errors import InputError
+from .annealed_vae import AnnealedVAE
+from .beta_tcvae import BetaTCVAE
 from .beta_vae import BetaVAE
+from .codes import Codes
+from .dip_vae import DIPVAEI, DIPVAEII
+from .factor_vae import FactorVAE
+from .image_model import ImageModel
 from .likelihoods import kl_divergence
 from .vae import VAE
+from .vq_vae import VQVAE
 
-__all__ = ["VAE", "BetaVAE", "build", "kl_divergence", "load", "names", "save"]
+__all__ = [
+    "VAE",
+    "VQVAE",
+    "AnnealedVAE",
+    "BetaTCVAE",
+    "BetaVAE",
+    "Codes",
+    "DIPVAEI",
+    "DIPVAEII",
+    "FactorVAE",
+    "ImageModel",
+    "build",
+    "kl_divergence",
+    "load",
+    "names",
+    "options",
+    "save",
+]
 
-_MODELS: dict[str, type[VAE]] = {model.name: model for model in (VAE, BetaVAE)}
+_CLASSES: tuple[type[ImageModel], ...] = (VAE, BetaVAE, AnnealedVAE, FactorVAE, BetaTCVAE, DIPVAEI, DIPVAEII, VQVAE)
+_MODELS = {model.name: model for model in _CLASSES}
 
 
 def names() -> tuple[str, ...]:
     """The names `build` knows."""
     return tuple(_MODELS)
+
+
+def options(name: str) -> tuple[str, ...]:
+    """The options that model `name` has of its own, beside those that all have."""
+    shared = inspect.signature(VAE).parameters
+    return tuple(option for option in inspect.signature(_MODELS[name]).parameters if option not in shared)
 
 
 def build(
@@ -32,11 +63,12 @@ def build(
     net: str = "conv",
     likelihood: str = "bernoulli",
     **options: Any,
-) -> VAE:
+) -> ImageModel:
     """A new model for images of `shape` (C, H, W) with `latents` latents, float32 on the CPU.
 
     `net`: "conv" or "mlp"; `likelihood`: "bernoulli" or "gaussian"; `options` are those of the class: `width`,
-    `trials` and `sigma` of all, `beta` of "beta_vae". InputError for an unknown name or option, naming the known ones.
+    `trials` of all; `sigma` of all but "vq_vae"; `beta` of "beta_vae" and so on. InputError for an unknown name or
+    option, naming the known ones.
     """
     if name not in _MODELS:
         raise InputError(f"name: unknown model {name!r}; known are {', '.join(_MODELS)}")
@@ -48,12 +80,12 @@ def build(
     return model(shape, latents, net=net, likelihood=likelihood, **options)
 
 
-def save(model: VAE, path: str | Path) -> None:
+def save(model: ImageModel, path: str | Path) -> None:
     """Write `model` to one safetensors file, atomically: the weights, and `config()` to build it from."""
     write_tensors(Path(path), "model", model.state_dict(), {"config": model.config()})
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> VAE:
+def load(path: str | Path, device: str | torch.device = "cpu") -> ImageModel:
     """The model that `save` wrote, in eval mode on `device`; InputError for a damaged, cut or foreign file."""
     tensors, header = read_tensors(Path(path), "model", "save the model again")
     try:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import InputError
-from .vae import VAE, positive
+from .image_model import check_positive
+from .vae import VAE
 
 
 class BetaVAE(VAE):
@@ -31,8 +31,7 @@ class BetaVAE(VAE):
         trials: int = 1,
         sigma: float | Sequence[float] | None = None,
     ):
-        if not positive(beta):
-            raise InputError(f"beta: expected a positive number, got {beta!r}")
+        check_positive("beta", beta)
         super().__init__(shape, latents, net=net, likelihood=likelihood, width=width, trials=trials, sigma=sigma)
         self.beta = beta
 

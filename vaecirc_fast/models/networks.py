@@ -35,14 +35,14 @@ def _base(shape: tuple[int, int, int]) -> tuple[int, int, int]:
     return n, -(-height // 2**n), -(-width // 2**n)
 
 
-class ConvEncoder(nn.Module):
-    """x (B, C, H, W) -> mu (B, L), logvar (B, L): conv1..convn, fc (256), heads mu and logvar.
+class ConvTrunk(nn.Module):
+    """x (B, C, H, W) -> h (B, `hidden`): conv1..convn, fc (256), which every convolutional encoder starts with.
 
     n = `stages(H, W)`. Channels 32, 32, 64, 64, kernels 4, 4, 2, 2, stride 2; fewer stages take the first n, more
     repeat the last. An image that does not fill base grid * 2 ** n is padded with zeros at the bottom and on the right.
     """
 
-    def __init__(self, shape: tuple[int, int, int], latents: int, width: float = 1.0):
+    def __init__(self, shape: tuple[int, int, int], width: float = 1.0):
         super().__init__()
         self.stages, base_height, base_width = _base(shape)
         self.pad = (0, base_width * 2**self.stages - shape[2], 0, base_height * 2**self.stages - shape[1])
@@ -52,37 +52,81 @@ class ConvEncoder(nn.Module):
             out = _scaled(out, width)
             setattr(self, f"conv{i + 1}", nn.Conv2d(channels, out, kernel, stride=2, padding=(kernel - 2) // 2))
             channels = out
-        hidden = _scaled(_HIDDEN, width)
-        self.fc = nn.Linear(channels * base_height * base_width, hidden)
-        self.mu = nn.Linear(hidden, latents)
-        self.logvar = nn.Linear(hidden, latents)
+        self.hidden = _scaled(_HIDDEN, width)
+        self.fc = nn.Linear(channels * base_height * base_width, self.hidden)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, x: Tensor) -> Tensor:
         h = F.pad(x, self.pad) if any(self.pad) else x
         for i in range(1, self.stages + 1):
             h = F.relu(getattr(self, f"conv{i}")(h))
-        h = F.relu(self.fc(h.flatten(1)))
-        return self.mu(h), self.logvar(h)
+        return F.relu(self.fc(h.flatten(1)))
 
 
-class MLPEncoder(nn.Module):
-    """x (B, C, H, W) -> mu (B, L), logvar (B, L): fc1 (256), fc2 (256), heads mu and logvar."""
+class MLPTrunk(nn.Module):
+    """x (B, C, H, W) -> h (B, `hidden`): fc1 (256), fc2 (256), which every MLP encoder starts with."""
+
+    def __init__(self, shape: tuple[int, int, int], width: float = 1.0):
+        super().__init__()
+        self.hidden = _scaled(_HIDDEN, width)
+        self.fc1 = nn.Linear(math.prod(shape), self.hidden)
+        self.fc2 = nn.Linear(self.hidden, self.hidden)
+
+    def features(self, x: Tensor) -> Tensor:
+        h = F.relu(self.fc1(x.flatten(1)))
+        return F.relu(self.fc2(h))
+
+
+class ConvEncoder(ConvTrunk):
+    """x (B, C, H, W) -> mu (B, L), logvar (B, L): the convolutional trunk, heads mu and logvar."""
 
     def __init__(self, shape: tuple[int, int, int], latents: int, width: float = 1.0):
-        super().__init__()
-        hidden = _scaled(_HIDDEN, width)
-        self.fc1 = nn.Linear(math.prod(shape), hidden)
-        self.fc2 = nn.Linear(hidden, hidden)
-        self.mu = nn.Linear(hidden, latents)
-        self.logvar = nn.Linear(hidden, latents)
+        super().__init__(shape, width)
+        self.mu = nn.Linear(self.hidden, latents)
+        self.logvar = nn.Linear(self.hidden, latents)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = F.relu(self.fc1(x.flatten(1)))
-        h = F.relu(self.fc2(h))
+        h = self.features(x)
         return self.mu(h), self.logvar(h)
 
 
-class _Decoder(nn.Module):
+class MLPEncoder(MLPTrunk):
+    """x (B, C, H, W) -> mu (B, L), logvar (B, L): the MLP trunk, heads mu and logvar."""
+
+    def __init__(self, shape: tuple[int, int, int], latents: int, width: float = 1.0):
+        super().__init__(shape, width)
+        self.mu = nn.Linear(self.hidden, latents)
+        self.logvar = nn.Linear(self.hidden, latents)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.features(x)
+        return self.mu(h), self.logvar(h)
+
+
+class ConvSlotEncoder(ConvTrunk):
+    """x (B, C, H, W) -> z_e (B, D, L): the convolutional trunk, and a head of L slots of D channels, slot by slot."""
+
+    def __init__(self, shape: tuple[int, int, int], latents: int, channels: int, width: float = 1.0):
+        super().__init__(shape, width)
+        self.slots = (latents, channels)
+        self.head = nn.Linear(self.hidden, latents * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x)).unflatten(1, self.slots).transpose(1, 2)
+
+
+class MLPSlotEncoder(MLPTrunk):
+    """x (B, C, H, W) -> z_e (B, D, L): the MLP trunk, and a head of L slots of D channels, slot by slot."""
+
+    def __init__(self, shape: tuple[int, int, int], latents: int, channels: int, width: float = 1.0):
+        super().__init__(shape, width)
+        self.slots = (latents, channels)
+        self.head = nn.Linear(self.hidden, latents * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x)).unflatten(1, self.slots).transpose(1, 2)
+
+
+class Decoder(nn.Module):
     """z (B, L) -> the likelihood's mean (B, C, H, W); `logits(z)` is the value before the link, `link` its name."""
 
     def __init__(self, shape: tuple[int, int, int], likelihood: str):
@@ -102,7 +146,7 @@ class _Decoder(nn.Module):
         return LIKELIHOODS[self.likelihood].mean(self.logits(z))
 
 
-class ConvDecoder(_Decoder):
+class ConvDecoder(Decoder):
     """fc1 (256), fc2 (64 x base grid), ct1..ctn: transposed convolutions of kernel 4, stride 2, padding 1.
 
     Channels 64, 32, 32, C; fewer stages take the last n, more repeat 64 in front. The canvas is cropped to (H, W).
@@ -132,7 +176,7 @@ class ConvDecoder(_Decoder):
         return y[..., : self.shape[1], : self.shape[2]]
 
 
-class MLPDecoder(_Decoder):
+class MLPDecoder(Decoder):
     """fc1..fc4: L -> 256 -> 256 -> 256 -> P, with P = C H W."""
 
     def __init__(self, shape: tuple[int, int, int], latents: int, likelihood: str = "bernoulli", width: float = 1.0):
@@ -151,4 +195,21 @@ class MLPDecoder(_Decoder):
         return self.fc4(h).unflatten(1, self.shape)
 
 
+class ConvSlotDecoder(ConvDecoder):
+    """`ConvDecoder` of slots: z (B, D, L), which fc1 reads flattened, D L numbers an image."""
+
+    def logits(self, z: Tensor) -> Tensor:
+        """z (B, D, L) -> (B, C, H, W) before the link."""
+        return super().logits(z.flatten(1))
+
+
+class MLPSlotDecoder(MLPDecoder):
+    """`MLPDecoder` of slots: z (B, D, L), which fc1 reads flattened, D L numbers an image."""
+
+    def logits(self, z: Tensor) -> Tensor:
+        """z (B, D, L) -> (B, C, H, W) before the link."""
+        return super().logits(z.flatten(1))
+
+
 NETS = {"conv": (ConvEncoder, ConvDecoder), "mlp": (MLPEncoder, MLPDecoder)}
+SLOT_NETS = {"conv": (ConvSlotEncoder, ConvSlotDecoder), "mlp": (MLPSlotEncoder, MLPSlotDecoder)}

@@ -6,6 +6,7 @@ from .effect_reduction import effect_reduction
 from .histogram_mi import histogram_mi
 from .latent_sweep import latent_sweep
 from .patch_mix import patch_mix
+from .render_scene import render_scene
 from .render_sprites import render_sprites
 from .sparse_adam import sparse_adam
 from .sparse_decode import sparse_decode
@@ -13,6 +14,7 @@ from .tc_logsumexp import tc_logsumexp
 from .threshold_encode import threshold_encode
 from .topk import topk
 from .topk_encode import topk_encode
+from .vq_assign import vq_assign
 
 __all__ = [
     "boosted_importance",
@@ -21,6 +23,7 @@ __all__ = [
     "histogram_mi",
     "latent_sweep",
     "patch_mix",
+    "render_scene",
     "render_sprites",
     "sparse_adam",
     "sparse_decode",
@@ -28,4 +31,5 @@ __all__ = [
     "threshold_encode",
     "topk",
     "topk_encode",
+    "vq_assign",
 ]

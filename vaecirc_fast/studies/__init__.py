@@ -2,5 +2,6 @@
 
 from . import image
 from .controls import Controls, controls
+from .examined import ModelMeasurement, Protocol, measure_model
 
-__all__ = ["Controls", "controls", "image"]
+__all__ = ["Controls", "ModelMeasurement", "Protocol", "controls", "image", "measure_model"]

@@ -12,17 +12,18 @@ from torch import Tensor, nn
 
 from .. import metrics
 from ..data import Dataset
+from ..errors import InputError
 from ..groups import mosaic
-from ..interventions import direct_edges, mediate, patch_sweep, run_with_cache
+from ..interventions import direct_edges, mediate, patch, patch_sweep, run_with_cache
 from ..interventions.mediation import TERMS, Mediation
 from ..metrics.causal import REPLICATES
 from ..metrics.statistics import resampled_interval, resampling_weights
-from ..models import VAE
+from ..models import ImageModel
 from ..ops.direct_edges import in_sd
 from .manipulation import varied_pairs
+from .subjects import Subject, subject_of
 
 CELLS = 4  # the circuit graph's output nodes are a mosaic of 4 x 4 cells
-HEAD = "encoder.mu"
 
 # Name, unit and definition of what is added to the main table.
 DEFINITIONS = {
@@ -56,55 +57,69 @@ class Circuits:
 @dataclass(frozen=True)
 class Graph:
     """`found`: layers, units, communities, Q and nulls as plain values, empty where a pair of layers has no effect at
-    all; `weights` by "PARENT > CHILD", (V, U) float64; `metrics` as in `Circuits`."""
+    all or where it cannot be drawn up (`why`); `weights` by "PARENT > CHILD", (V, U) float64; `metrics` as in
+    `Circuits`."""
 
     found: dict[str, Any]
     weights: dict[str, Tensor]
     metrics: dict[str, dict[str, Any]]
+    why: str = ""
+
+    @classmethod
+    def missing(cls, pairs: int, why: str = "") -> Graph:
+        """No graph, and why there is none."""
+        return cls({}, {}, _unbounded(dict.fromkeys(DEFINITIONS), pairs), why)
 
 
 @torch.no_grad()
 def find_circuits(
-    model: VAE, untrained: VAE, ds: Dataset, *, pairs: int, units: int, active: list[int], seed: int
+    model: Any, untrained: Any, ds: Dataset, *, pairs: int, units: int, active: list[int], seed: int
 ) -> Circuits:
     """Patch every unit of `patched_sites`, mediate through each of the `active` latents (all if there are none), and
-    draw up the circuit graph of the model and of its untrained twin, with `units` units a layer.
+    draw up the circuit graph of the model and of its untrained twin, with `units` units a layer. untrained: the twin,
+    its graph if that is known, or None.
 
     As in `manipulate` each factor of an image is redrawn alone, or each quadrant masked. `pairs` pairs of a change are
     patched; mediation is measured on `pairs` others, so that the unit chosen by the first is judged on the second.
     """
-    model.eval()
-    untrained.eval()
+    subject = subject_of(model)
+    subject.module.eval()
     kind, base, variants = varied_pairs(ds, 2 * pairs, seed)
     times = [time.perf_counter()]
-    patched = {name: _patched(model, base[:pairs], x[:pairs], seed) for name, x in variants.items()}
+    patched = {name: _patched(subject, base[:pairs], x[:pairs], seed) for name, x in variants.items()}
     times.append(time.perf_counter())
     mediated = []
     for name, x in variants.items():
-        unit = _strongest_unit(patched[name], _middle_site(model))
-        mediated.append({"variant": name, **_mediated(model, base[pairs:], x[pairs:], active, unit, seed)})
+        unit = _strongest_unit(patched[name], subject.after[0]) if subject.after else None
+        mediated.append({"variant": name, **_mediated(subject, base[pairs:], x[pairs:], active, unit, seed)})
     times.append(time.perf_counter())
     graphs = []
-    for m in (model, untrained):
-        graphs.append(circuit_graph_of(m, ds, pairs=pairs, units=units, seed=seed))
+    for m in (subject, untrained):
+        found = Graph.missing(pairs) if m is None else m
+        graphs.append(
+            found if isinstance(found, Graph) else circuit_graph_of(found, ds, pairs=pairs, units=units, seed=seed)
+        )
         times.append(time.perf_counter())
     first = next(iter(patched.values()))
     tensors = {}
     for site in dict.fromkeys(first["sites"]):
         at = [u for u, name in enumerate(first["sites"]) if name == site]
         for part in ("effect", "low", "high"):
-            tensors[f"{part} {site}"] = torch.stack([patched[name][part][at] for name in variants])
+            tensors[f"{part} {subject.shown(site)}"] = torch.stack([patched[name][part][at] for name in variants])
     for name, graph in zip(("graph", "control"), graphs, strict=True):
         tensors |= {f"{name} {pair}": w for pair, w in graph.weights.items()}
     found = {
         "kind": kind,
         "pairs": pairs,
         "variants": list(variants),
-        "sites": [{"site": site, "units": first["sites"].count(site)} for site in dict.fromkeys(first["sites"])],
+        "sites": [
+            {"site": subject.shown(site), "units": first["sites"].count(site)} for site in dict.fromkeys(first["sites"])
+        ],
         "change": [patched[name]["change"] for name in variants],
         "mediation": mediated,
         "graph": graphs[0].found,
         "control": graphs[1].found,
+        **({"left_out": {"graph": graphs[0].why}} if graphs[0].why else {}),
     }
     parts = ("patching", "mediation", "graph", "untrained graph")
     seconds = {part: after - before for part, before, after in zip(parts, times, times[1:], strict=False)}
@@ -117,32 +132,17 @@ def _strongest_unit(patched: dict[str, Any], site: str) -> str:
     return f"{site}[{patched['units'][max(at, key=lambda u: float(patched['effect'][u]))]}]"
 
 
-def patched_sites(model: VAE) -> list[str]:
-    """Where units are patched: of the encoder's convolutions the last and every second before it (those in front are
-    the dearest), or its hidden layers; the means of the latents; the decoder's layers before the last, but of a
-    convolutional decoder not those that make its first grid."""
-    encoder, decoder = _layers(model.encoder), _layers(model.decoder)
-    convolutions = [name for name, layer in encoder.items() if isinstance(layer, nn.Conv2d)]
-    before = convolutions[::-1][::2][::-1] or [name for name in encoder if name not in ("mu", "logvar")]
-    after = list(decoder)[:-1]
-    after = [name for name in after if isinstance(decoder[name], nn.ConvTranspose2d)] or after
-    if len(after) == 2 and isinstance(list(decoder.values())[-1], nn.ConvTranspose2d):
-        after = after[:1]  # images of one convolution: its grid is wide, the layer before it is not
-    return [*(f"encoder.{name}" for name in before), HEAD, *(f"decoder.{name}" for name in after)]
+def patched_sites(model: Any) -> list[str]:
+    """Where units are patched: of the encoder's convolutions the last and every second before it, or its hidden layers;
+    the means of the latents, or the slots; the decoder's layers before the last, but of a convolutional decoder not
+    those that make its first grid."""
+    return subject_of(model).patched
 
 
-def _middle_site(model: VAE) -> str:
-    """The decoder's first patched site, of which a unit is a mediator beside the latents."""
-    return next(site for site in patched_sites(model) if site.startswith("decoder."))
-
-
-def _layers(module: nn.Module) -> dict[str, nn.Module]:
-    return {name: m for name, m in module.named_children() if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)}
-
-
-def _patched(model: VAE, base: Tensor, source: Tensor, seed: int) -> dict[str, Any]:
+def _patched(subject: Subject, base: Tensor, source: Tensor, seed: int) -> dict[str, Any]:
     """Effects (U,) of all units with bounds, the sites and numbers of the units, and the whole change."""
-    P = patch_sweep(model, base, source, patched_sites(model), effect="l1", seed=seed)
+    model = subject.module
+    P = patch_sweep(model, base, source, subject.patched, effect="l1", seed=seed)
     table = P.to_dataframe()
     low, high = (torch.tensor(table[end].to_numpy(), dtype=torch.float32) for end in ("low", "high"))
     change = (model(source) - model(base)).abs().flatten(1).mean(1).double().cpu()
@@ -164,7 +164,7 @@ def _patched(model: VAE, base: Tensor, source: Tensor, seed: int) -> dict[str, A
 class _Toward(nn.Module):
     """(x, way) -> (B, 1): the output for x, added up along `way`, (B, C, H, W)."""
 
-    def __init__(self, model: VAE):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
@@ -172,22 +172,28 @@ class _Toward(nn.Module):
         return (self.model(x) * way).flatten(1).sum(1, keepdim=True)
 
 
-def _mediated(model: VAE, base: Tensor, source: Tensor, active: list[int], unit: str, seed: int) -> dict[str, Any]:
-    """TE and a row of terms for each active latent and for `unit`, a site of the decoder with a number.
+def _mediated(
+    subject: Subject, base: Tensor, source: Tensor, active: list[int], unit: str | None, seed: int
+) -> dict[str, Any]:
+    """TE and a row of terms for each active latent and for `unit`, a site of the decoder with a number, if any.
 
     The outcome of a pair is the mean over pixels of y sign(y(x1) - y(x0)): how far y has gone from the base's output
     to the source's. TE is then the mean of |y(x1) - y(x0)|, and what goes the other way is negative.
     """
+    model, head = subject.module, subject.head
     before, after = model(base), model(source)
     way = (after - before).sign() / before[0].numel()
     toward = _Toward(model)
-    latents = active or list(range(model.latents))
+    latents = active or list(range(subject.latents))
     given = ((base, way), (source, way))
-    M = mediate(toward, *given, [f"model.{HEAD}", f"model.{unit}"], each=True, per_sample=False, seed=seed)
+    M = mediate(
+        toward, *given, [f"model.{site}" for site in (head, unit) if site], each=True, per_sample=False, seed=seed
+    )
     bounds = {term: M.interval(term) for term in TERMS}
-    rows = [{"site": HEAD, "unit": i, **_terms(M, bounds, i)} for i in latents]
-    site, _, number = unit.rstrip("]").partition("[")
-    rows.append({"site": site, "unit": int(number), **_terms(M, bounds, model.latents)})
+    rows = [{"site": subject.shown(head), "unit": i, **_terms(M, bounds, i)} for i in latents]
+    if unit:
+        site, _, number = unit.rstrip("]").partition("[")
+        rows.append({"site": subject.shown(site), "unit": int(number), **_terms(M, bounds, subject.latents)})
     low, high = (float(end[0]) for end in bounds["te"])
     return {"te": _estimate(float(M.te[0]), low, high), "rows": rows}
 
@@ -208,20 +214,29 @@ def _terms(M: Mediation, bounds: dict[str, tuple[Tensor, Tensor]], n: int) -> di
 
 
 @torch.no_grad()
-def circuit_graph_of(model: VAE, ds: Dataset, *, pairs: int, units: int, seed: int) -> Graph:
+def circuit_graph_of(model: Any, ds: Dataset, *, pairs: int, units: int, seed: int) -> Graph:
     """The graph of direct effects of the decoder and its circuit modularity, over `pairs` pairs of images.
 
     Nodes: the latents; of every layer before the last the `units` units, features or channels, through which paths of
     the greatest weight lead; a 4 x 4 mosaic of the output. Effects are `l1`, in child sd per parent sd. A base takes
     the latents of another image. "kept": the share of the weight of all paths that leads through these units alone.
     """
-    model.eval()
+    subject = subject_of(model)
+    subject.module.eval()
     x, _ = ds.sample(2 * pairs, torch.Generator().manual_seed(seed))
-    z = model.encode(x)[0]
-    layers, measured = _direct_effects(model.decoder, z[:pairs], z[pairs:])
+    codes = subject.encode(x)
+    z = codes.z_q if subject.quantised else codes[0]
+    try:
+        if not isinstance(subject.module, ImageModel):
+            _check_chain(subject, z[:pairs], z[pairs:])
+        layers, measured = _direct_effects(subject, z[:pairs], z[pairs:])
+    except InputError as error:
+        if isinstance(subject.module, ImageModel):
+            raise
+        return Graph.missing(pairs, str(error))
     edges = {pair: w.nan_to_num(0.0) for pair, w in measured.items()}
     if any(not bool((w > 0).any()) for w in edges.values()):
-        return Graph({}, {}, _unbounded(dict.fromkeys(DEFINITIONS), pairs))
+        return Graph.missing(pairs)
     through, everything = path_weights(layers, edges)
     kept = {}
     for name, weight in through.items():
@@ -229,7 +244,7 @@ def circuit_graph_of(model: VAE, ds: Dataset, *, pairs: int, units: int, seed: i
         kept[name] = weight.argsort(descending=True, stable=True)[:most].sort().values
     some = {(parent, child): w[kept[child]][:, kept[parent]] for (parent, child), w in edges.items()}
     if any(not bool((w > 0).any()) for w in some.values()):
-        return Graph({}, {}, _unbounded(dict.fromkeys(DEFINITIONS), pairs))
+        return Graph.missing(pairs)
     graph = metrics.circuit_graph(*((*pair, w) for pair, w in some.items()))
     M = metrics.circuit_modularity(graph, seed=seed)
     carried = torch.ones(layers["latents"], dtype=torch.float64)
@@ -260,24 +275,34 @@ def _unbounded(values: Mapping[str, float | None], n: int) -> dict[str, dict[str
     }
 
 
-def _direct_effects(decoder: Any, z: Tensor, others: Tensor) -> tuple[dict[str, int], dict[tuple[str, str], Tensor]]:
+def _direct_effects(
+    subject: Subject, z: Tensor, others: Tensor
+) -> tuple[dict[str, int], dict[tuple[str, str], Tensor]]:
     """Sizes of the layers by name, and (V, U) direct effects of each pair of neighbours in child sd per parent sd."""
-    chain = _layers(decoder)
-    *names, last = chain
-    inputs = [f"{name}.input" for name in chain]
+    decoder = subject.decoder
+    if len(subject.chain) < 2:
+        raise InputError(f"decoder: a graph needs at least 2 layers in a row, found {len(subject.chain)}")
+    *names, last = subject.chain
+    inputs = [f"{name}.input" for name in subject.chain]
     both, cache = run_with_cache(decoder, torch.cat([z, others]), inputs)
-    read = {name: by_channel(cache[f"{name}.input"]) for name in chain}  # (2 N, units, places)
-    layers, edges = {"latents": z.shape[1]}, {}
+    read = {name: by_channel(cache[f"{name}.input"]) for name in subject.chain}  # (2 N, units, places)
+    layers, edges = {"latents": subject.latents}, {}
     parent = "latents"
-    for child, after in zip(names, [*names[1:], last], strict=True):
-        E = direct_edges(decoder, z, others, f"{child}.input", child)
-        w, channels = E.in_sd(), read[after].shape[1]
-        if len(w) != channels:  # features that become the places of channels: the mean over places, as of a convolution
-            edge = E.tensor.double().unflatten(0, (channels, -1)).mean(1)
-            w = in_sd(edge, E.change.double(), E.parent_sd.double(), _sd(read[after]).double(), "l1")
+    for site, after in zip(names, [*names[1:], last], strict=True):
+        child, channels = subject.shown(site), read[after].shape[1]
+        if parent == "latents" and subject.quantised:
+            w = _slot_edges(decoder, site, z, others, read[after][..., 0])
+        else:
+            E = direct_edges(decoder, z, others, f"{site}.input", site)
+            w = E.in_sd()
+            if (
+                len(w) != channels
+            ):  # features that become the places of channels: the mean over them, as of convolutions
+                edge = E.tensor.double().unflatten(0, (channels, -1)).mean(1)
+                w = in_sd(edge, E.change.double(), E.parent_sd.double(), _sd(read[after]).double(), "l1")
         layers[child], edges[parent, child] = channels, w.cpu()
         parent = child
-    cells = mosaic(*decoder.shape[1:], rows=CELLS, columns=CELLS, channels=decoder.shape[0])
+    cells = mosaic(*subject.shape[1:], rows=CELLS, columns=CELLS, channels=subject.shape[0])
     P = patch_sweep(decoder, z, others, [f"{last}.input"], effect="l1", groups=cells, replicates=0)
     a = read[last]
     change = (a[len(z) :] - a[: len(z)]).abs().mean((0, 2))
@@ -287,6 +312,34 @@ def _direct_effects(decoder: Any, z: Tensor, others: Tensor) -> tuple[dict[str, 
     w = in_sd(P.tensor.T.double(), change.double(), _sd(a).double(), child_sd, "l1")
     layers["cells"], edges[parent, "cells"] = len(cells), w.cpu()
     return layers, edges
+
+
+def _check_chain(subject: Subject, z: Tensor, others: Tensor) -> None:
+    """InputError unless all that reaches the output of a decoder from elsewhere goes through each of its layers: what
+    one of them reads, taken from other codes, then gives the output of those."""
+    decoder = subject.decoder
+    inputs = [f"{name}.input" for name in subject.chain]
+    after, cache = run_with_cache(decoder, others, inputs)
+    for site in inputs:
+        forced = patch(decoder, z, {site: cache})
+        off = float((forced - after).abs().max())
+        if off > 1e-4 * float(after.abs().max()):
+            name = subject.shown(site.removesuffix(".input"))
+            raise InputError(f"decoder: something goes past {name}, so its layers are no chain to draw a graph of")
+
+
+def _slot_edges(decoder: nn.Module, site: str, z: Tensor, others: Tensor, after: Tensor) -> Tensor:
+    """(V, L) effects of slots of z (N, D, L) on the activations (2 N, V) behind the linear layer that reads them
+    flattened. A slot changes as a whole; its change and sd are over its channels, as a channel's are over places."""
+    layer = decoder.get_submodule(site)
+    assert isinstance(layer, nn.Linear)
+    weight = layer.weight.view(len(layer.weight), *z.shape[1:])  # (V, D, L)
+    base = layer(z.flatten(1))
+    moved = base[:, None] + torch.einsum("vdl,ndl->nlv", weight, others - z)
+    edge = (moved.relu() - base.relu()[:, None]).abs().mean(0).T
+    change = (others - z).abs().mean((0, 1))
+    sd = torch.cat([z, others]).double().std((0, 1), correction=0)
+    return in_sd(edge.double(), change.double(), sd, _sd(by_channel(after)), "l1")
 
 
 def by_channel(a: Tensor) -> Tensor:

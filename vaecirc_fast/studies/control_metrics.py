@@ -20,6 +20,8 @@ from ..interventions import Effects, latent_sweep
 from ..metrics.battery import METRICS
 from ..metrics.causal import specificity_of
 from ..metrics.statistics import Estimate
+from . import slots
+from .subjects import encoded, subject_of
 
 BATCH = 250
 
@@ -35,8 +37,11 @@ class Evaluation:
     seed: int
     factor_names: tuple[str, ...] = ()
 
-    def codes(self, model: Any) -> tuple[Tensor, Tensor]:
-        """Posterior means and log-variances (N, L)."""
+    def codes(self, model: Any) -> tuple[Tensor, Tensor | None]:
+        """Posterior means and log-variances (N, L); of slots of codes their numbers, and None."""
+        if quantised(model):
+            coded = encoded(subject_of(model), self.x)
+            return coded.numbers, None
         parts = [model.encode(self.x[n : n + BATCH]) for n in range(0, len(self.x), BATCH)]
         mu, logvar = (torch.cat(column) for column in zip(*parts, strict=True))
         return mu, logvar
@@ -67,6 +72,11 @@ class Metric:
     unit: str = ""
     permuted: Callable[[Any, Dataset, Evaluation, int], Value] | None = None
     why_not: dict[str, str] = field(default_factory=dict)
+
+
+def quantised(model: Any) -> bool:
+    """Whether its latents are slots of codes."""
+    return isinstance(getattr(model, "codebook", None), Tensor)
 
 
 def evaluation(ds: Dataset, images: int, swept: int, seed: int) -> Evaluation:
@@ -118,7 +128,8 @@ def _answer(name: str, answer: Any) -> Value:
 def _ces(grid: str) -> Callable[[Any, Dataset, Evaluation], Value]:
     def measure(model: Any, ds: Dataset, on: Evaluation) -> Value:
         effects = _sweep(model, on, grid)
-        return Value(metrics.model_ces(effects)[0], effects.ces()["ces"].to_numpy())
+        of_latents = effects.dims[0] != "channel"  # a sweep of the channels of codes has no row for a latent
+        return Value(metrics.model_ces(effects)[0], effects.ces()["ces"].to_numpy() if of_latents else None)
 
     return measure
 
@@ -148,6 +159,12 @@ def exchanged_specificity(effects: Effects, seed: int) -> float:
 
 
 def _sweep(model: Any, on: Evaluation, grid: str, groups: Any = None, reduce: str | None = "mean") -> Any:
+    if quantised(model):
+        subject = subject_of(model)
+        coded = encoded(subject, on.x)
+        # slots have no scale: specificity is that of codes taken from another image
+        grid = "resample" if groups is not None else grid
+        return slots.sweep(subject, coded, grid, on.swept, groups, on.seed, reduce)
     mu, logvar = on.codes(model)
     scale = metrics.posterior_scale_from(mu, logvar)
     z = mu[: on.swept]
@@ -178,7 +195,9 @@ def _reconstruction(model: Any, on: Evaluation) -> Value:
     losses = []
     for n in range(0, len(on.x), BATCH):
         x = on.x[n : n + BATCH]
-        losses.append(metrics.reconstruction_loss(x, model.decode(model.encode(x)[0]), kind))
+        codes = model.encode(x)
+        y = model.decode(codes.z_q if quantised(model) else codes[0])
+        losses.append(metrics.reconstruction_loss(x, y, kind))
     report = metrics.reconstruction_report(
         torch.cat(losses), metrics.mean_image_loss(on.x, likelihood=kind), metrics.loss_floor(on.x, kind)
     )

@@ -32,14 +32,19 @@ def reinitialised(model: nn.Module, seed: int, part: str | None = None) -> Any:
 
 
 def half_frozen(model: nn.Module, seed: int, anew: str) -> Any:
-    """A copy of a VAE whose child `anew` is drawn anew from `seed`, and whose other half does not train."""
+    """A copy of a VAE whose child `anew` is drawn anew from `seed`, and whose other half does not train.
+
+    A discriminator is drawn anew and trains with either half: it belongs to the objective, not to the model.
+    """
     twin = reinitialised(model, seed, anew)
+    if hasattr(model, "discriminator"):
+        twin = reinitialised(twin, seed, "discriminator")
     for name, parameter in twin.named_parameters():
-        parameter.requires_grad_(name.startswith(f"{anew}."))
+        parameter.requires_grad_(name.startswith((f"{anew}.", "discriminator.")))
     return twin
 
 
-def of_constant_sigma(model: models.VAE, sigma: Tensor, seed: int) -> models.VAE:
+def of_constant_sigma(model: models.ImageModel, sigma: Tensor, seed: int) -> models.ImageModel:
     """A new model of the same architecture, to be trained, whose posterior has the standard deviations `sigma` (L,)."""
     if "sigma" not in inspect.signature(type(model)).parameters:
         raise InputError(f"constant sigma: {type(model).__name__} has no option sigma; leave this control out")
@@ -58,7 +63,8 @@ def permuted(model: nn.Module, seed: int) -> Any:
 
 
 class ShuffledCodes(nn.Module):
-    """An encoder whose (mu, logvar), (B, L) each, are permuted over the rows of each call, every latent by itself.
+    """An encoder whose (mu, logvar), (B, L) each, are permuted over the rows of each call, every latent by itself; one
+    of slots gives z_e (B, D, L), of which every slot is.
 
     A latent keeps its values, but they say nothing of the image or of the other latents any more.
     """
@@ -67,13 +73,20 @@ class ShuffledCodes(nn.Module):
         super().__init__()
         self.encoder, self.seed, self.calls = encoder, seed, 0
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Any:
         codes = self.encoder(x)
+        if isinstance(codes, Tensor) and codes.ndim == 3 and len(codes) > 1:
+            self.calls += 1
+            order = unit_wise_order(codes[:, 0], self._seed())
+            return codes.gather(0, order[:, None].expand_as(codes))
         if not isinstance(codes, tuple) or len(codes) != 2 or codes[0].ndim != 2 or len(codes[0]) < 2:
             raise InputError("permuted: the encoder must give (mu, logvar), (B, L) each with B >= 2 to permute")
         self.calls += 1
-        order = unit_wise_order(codes[0], (self.seed * 0x9E3779B1 + self.calls) & 0xFFFFFFFF)  # torch uses 32 bits
+        order = unit_wise_order(codes[0], self._seed())
         return codes[0].gather(0, order), codes[1].gather(0, order)
+
+    def _seed(self) -> int:
+        return (self.seed * 0x9E3779B1 + self.calls) & 0xFFFFFFFF  # torch uses 32 bits
 
 
 def unit_wise_order(codes: Tensor, seed: int) -> Tensor:

@@ -184,15 +184,18 @@ class _Work:
         self.on = on
 
     @functools.cached_property
-    def codes(self) -> tuple[Tensor, Tensor]:
-        """Posterior means and log-variances (N, L) of the model itself."""
+    def codes(self) -> tuple[Tensor, Tensor | None]:
+        """Posterior means and log-variances (N, L) of the model itself; None for codes without a posterior."""
         with torch.no_grad():
             return self.on.codes(self.model_itself)
 
     @property
     def sigma(self) -> Tensor:
         """The sd of the model's posteriors, root mean square over the images that it is judged on: (L,)."""
-        return self.codes[1].double().exp().mean(0).sqrt()
+        logvar = self.codes[1]
+        if logvar is None:
+            raise InputError("constant sigma: the model's codes have no posterior; leave this control out")
+        return logvar.double().exp().mean(0).sqrt()
 
     @functools.cached_property
     def ratio(self) -> float:
@@ -299,14 +302,14 @@ def _checked(
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "encode") or not hasattr(model, "decode"):
         raise InputError(f"model: expected a module with encode and decode, got {type(model).__name__}")
     training_needed = [control for control in wanted if control in STABILITY]
-    if training_needed and not isinstance(model, models.VAE):
+    if training_needed and not isinstance(model, models.ImageModel):
         raise InputError(
             f"model: {', '.join(training_needed)} train one of models.build, got {type(model).__name__}; "
             f"pass only={NULLS} for the null controls alone"
         )
-    if isinstance(model, models.VAE) and training_needed:
+    if isinstance(model, models.ImageModel) and training_needed:
         checked_settings(model, ds, schedule="constant", warmup=0, **settings)
-    if isinstance(model, models.VAE) and tuple(model.shape) != tuple(ds.shape):
+    if isinstance(model, models.ImageModel) and tuple(model.shape) != tuple(ds.shape):
         raise InputError(f"model: is for images {tuple(model.shape)}, but data set {ds.name!r} has {tuple(ds.shape)}")
 
 

@@ -10,19 +10,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import metrics
 from ..data import Dataset
 from ..metrics import Encoded
 from ..metrics.battery import METRICS
 from ..metrics.statistics import prediction_interval
-from ..models import VAE
 from .control_models import unit_wise_order
 from .measuring import PERMUTATIONS, plain
+from .subjects import slot_numbers, subject_of
 
 ON = ("samples", "grid", "none")  # what a study may ask for
 DEAR = ("dci", "sap", "beta_vae_score", "explicitness")  # metrics that fit something
 FEW_PERMUTATIONS, MANY_IMAGES = 2, 2_000  # of those, on more images than that
+NEED_VARIANCE = tuple(METRICS["active_units"].definitions)
+GRID_BATCH = 64  # images a call, by which a CPU's activations stay in its cache
 UNMOVED = ("active_units",)  # which no permutation of a latent's codes changes
 
 _LOCATELLO = "Locatello et al. 2019 (arXiv 1811.12359)"
@@ -60,18 +63,36 @@ class Disentanglement:
     seconds: float
 
 
-def disentanglement(trained: Encoded, untrained: Encoded, seed: int) -> Disentanglement:
-    """The battery on the codes of a model and of its untrained twin, and on the model's codes permuted unit-wise: each
-    latent over the images by itself.
+@dataclass(frozen=True)
+class Tabled:
+    """The battery on some codes: `rows`, and `left_out`, metric -> why."""
+
+    rows: list[dict[str, Any]]
+    left_out: dict[str, str]
+
+
+def tabled(encoded: Encoded, seed: int) -> Tabled:
+    """The battery on the codes of a model, which `disentanglement` takes for the untrained ones."""
+    rows, left_out = _battery(encoded, seed)
+    if encoded.logvar is None:
+        rows = [row for row in rows if row["metric"] not in NEED_VARIANCE]
+        left_out |= dict.fromkeys(NEED_VARIANCE, "these codes have no posterior variance to compare with")
+    return Tabled(rows, left_out)
+
+
+def disentanglement(trained: Encoded, untrained: Encoded | Tabled | None, seed: int) -> Disentanglement:
+    """The battery on the codes of a model and of its untrained twin, if it has one, and on the model's codes permuted
+    unit-wise: each latent over the images by itself.
 
     Images without labels have the metrics that need none. Intervals are over images or votes, within the run; those of
     the permuted codes are the ones in which one more permutation falls.
     """
     began = time.perf_counter()
     tables, left_out = {}, {}
-    for name, encoded in (("untrained", untrained), ("trained", trained)):
-        tables[name], out = _battery(encoded, seed)
-        left_out |= out
+    for name, codes in (("untrained", untrained), ("trained", trained)):
+        table = tabled(codes, seed) if isinstance(codes, Encoded) else codes or Tabled([], {})
+        tables[name] = table.rows
+        left_out |= table.left_out
     found = {name: {row["metric"]: _entry(row) for row in tables[name]} for name in ("trained", "untrained")}
     units = {row["metric"]: row["unit"] for rows in tables.values() for row in rows}
     definitions = {
@@ -94,10 +115,25 @@ def disentanglement(trained: Encoded, untrained: Encoded, seed: int) -> Disentan
     )
 
 
-def encoded_grid(model: VAE, ds: Dataset, progress: bool) -> Encoded:
-    """The codes of every image of the data set."""
-    with torch.no_grad():
-        return metrics.encode_grid(model, ds, progress=progress)
+def encoded_grid(model: Any, ds: Dataset, progress: bool) -> Encoded:
+    """The codes of every image of the data set; of slots of codes, one number each (see `subjects.slot_numbers`)."""
+    subject = subject_of(model)
+    if subject.codebook is None:
+        return metrics.encode_grid(subject.module, ds, batch=GRID_BATCH, progress=progress)
+    found = metrics.encode_grid(_Indices(subject.module), ds, batch=GRID_BATCH, progress=progress)
+    numbers, _ = slot_numbers(torch.from_numpy(found.codes).long(), subject.codebook.cpu())
+    return replace(found, codes=numbers.numpy())
+
+
+class _Indices(nn.Module):
+    """A model of quantised codes that encodes to their numbers in the codebook."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.model.encode(x).indices.float(), None
 
 
 def _battery(encoded: Encoded, seed: int, **options: Any) -> tuple[list[dict[str, Any]], dict[str, str]]:

@@ -12,28 +12,33 @@ from ..interventions import InputEffects, factor_pairs, input_effects, mask_regi
 from ..metrics import assignment, isolation, polysemanticity
 from ..metrics.statistics import resampled_interval
 from ..metrics.units import MONOSEMANTIC
-from ..models import VAE
-
-SITES = ("encoder.*",)
-HEAD = "encoder.mu"
+from .subjects import batch_size, subject_of
 
 
 @torch.no_grad()
-def manipulate(model: VAE, ds: Dataset, *, pairs: int, seed: int) -> dict[str, Any]:
+def manipulate(model: Any, ds: Dataset, *, pairs: int, seed: int) -> dict[str, Any]:
     """Vary each factor of `pairs` images alone (or mask each quadrant, where factors do not determine the image).
 
     Returns plain values: kind ("factors" or "regions"), pairs, variants; per site the number of units, the median
     polysemanticity of its units and the share that is monosemantic; the variant x latent matrix of the posterior means,
-    in sd of each; and per variant the isolation over the latents, targets from one half of the pairs and effects from
-    the other.
+    in sd of each (of slots of codes the mean over the channels of z_q, in sd over images and channels); and per variant
+    the isolation over the latents, targets from one half of the pairs and effects from the other. The decoder does not
+    run.
     """
+    subject = subject_of(model)
+    encoding, head_site = subject.encoding, subject.head
     kind, base, variants = varied_pairs(ds, pairs, seed)
-    every = input_effects(model, base, variants, SITES, seed=seed)
+    sizes: dict[str, Any] = {"batch_size": batch_size(base)}
+    every = input_effects(encoding, base, variants, subject.encoding_sites, seed=seed, **sizes)
     half = len(base) // 2
-    first = input_effects(model, base[:half], {k: x[:half] for k, x in variants.items()}, [HEAD], replicates=0)
-    second = input_effects(model, base[half:], {k: x[half:] for k, x in variants.items()}, [HEAD], seed=seed)
+    first = input_effects(
+        *(encoding, base[:half], {k: x[:half] for k, x in variants.items()}, [head_site]), replicates=0, **sizes
+    )
+    second = input_effects(
+        *(encoding, base[half:], {k: x[half:] for k, x in variants.items()}, [head_site]), seed=seed, **sizes
+    )
     assert every.replicates is not None and second.replicates is not None
-    head = [u for u, site in enumerate(every.sites) if site == HEAD]
+    head = [u for u, site in enumerate(every.sites) if site == head_site]
     low, high = _bounds(every, head)
     target = assignment(first.tensor)
     isolated = isolation(second.tensor, target)
@@ -46,7 +51,7 @@ def manipulate(model: VAE, ds: Dataset, *, pairs: int, seed: int) -> dict[str, A
         "kind": kind,
         "pairs": len(base),
         "variants": list(variants),
-        "sites": [_site(every, site) for site in dict.fromkeys(every.sites)],
+        "sites": [_site(every, site) | {"site": subject.shown(site)} for site in dict.fromkeys(every.sites)],
         "latents": {"effect": _plain(every.tensor[:, head].tolist()), "low": _plain(low), "high": _plain(high)},
         "isolation": rows,
     }

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..data.dataset import Dataset
 from ..errors import InputError
-from ..models import VAE
+from ..models import ImageModel
 from .schedules import SCHEDULES
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -48,7 +48,7 @@ class Settings:
 
 
 def checked_settings(
-    model: VAE,
+    model: ImageModel,
     ds: Dataset,
     *,
     steps: int,
@@ -59,8 +59,8 @@ def checked_settings(
     warmup: int,
     precision: str,
 ) -> Settings:
-    """The settings of a run, or InputError naming the argument that is wrong."""
-    if not isinstance(model, VAE):
+    """The settings of a run, or InputError naming the argument that is wrong. Tells the model the size of the data."""
+    if not isinstance(model, ImageModel):
         raise InputError(f"model: expected one of models.build, got {type(model).__name__}")
     if tuple(model.shape) != tuple(ds.shape):
         raise InputError(f"model: is for images {tuple(model.shape)}, but data set {ds.name!r} has {tuple(ds.shape)}")
@@ -72,6 +72,7 @@ def checked_settings(
         raise InputError(f"lr: expected a positive number, got {lr!r}")
     if schedule not in SCHEDULES:
         raise InputError(f"schedule: unknown {schedule!r}; known are {', '.join(SCHEDULES)}")
+    model.prepare(len(ds))
     return Settings(
         model=model.config(),
         data=ds.name,

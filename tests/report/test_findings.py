@@ -83,8 +83,11 @@ def test_a_claim_is_printed_with_all_that_belongs_to_it(stated, page):
 
 def test_many_claims_on_single_data_sets_have_a_table_of_their_own(stated, page):
     single = [finding(id=f"single {n}") for n in range(12)]
-    tables = page(stated([*single, finding(id="wide", scope="all data sets")])).tables
-    assert len(tables["findings-table"]) == 2 and len(tables["findings-table-single"]) == 13
+    untested = finding(id="untested", estimate=None, low=None, high=None, verdict="undecided", n=0, resampled="")
+    tables = page(stated([*single, finding(id="wide", scope="all data sets"), untested])).tables
+    assert len(tables["findings-table"]) == 2 and len(tables["findings-single"]) == 13
+    (row,) = tables["findings-open"][1:]
+    assert row[2].startswith("–") and row[3] == "–" and "one run is not trained" in row[0]
 
 
 def test_without_findings_there_is_no_section(many, page):

@@ -143,8 +143,11 @@ def curves(
     parts = [y_axis(y, left, right, y_label, 6 if log else 4), x_axis(x, bottom, x_label, count=5)]
     for curve in drawn:
         if curve.low is not None and curve.high is not None:
-            edge = [(x(a), y(b)) for a, b in zip(curve.x, curve.high, strict=True)]
-            edge += [(x(a), y(b)) for a, b in reversed(list(zip(curve.x, curve.low, strict=True)))]
+            highs, lows = (
+                [min(max(v, low), high) for v in side] for side in (curve.high, curve.low)
+            )  # within the axes
+            edge = [(x(a), y(b)) for a, b in zip(curve.x, highs, strict=True)]
+            edge += [(x(a), y(b)) for a, b in reversed(list(zip(curve.x, lows, strict=True)))]
             parts.append(path(edge, close=True, fill=curve.colour, cls="band"))
     for curve in sorted(drawn, key=lambda c: not c.faint):
         points = [(x(a), y(b)) for a, b in zip(curve.x, curve.y, strict=True)]

@@ -50,6 +50,7 @@ class Row:
     yardstick: str
     notes: Sequence[str]
     everywhere: bool
+    tested: bool
 
     @property
     def sign(self) -> str:
@@ -101,13 +102,18 @@ class Findings:
         return said
 
     @property
-    def tables(self) -> list[tuple[str, Sequence[Row]]]:
-        """The rows with a heading: those on all data sets, then, where they are many, those on single ones."""
+    def tables(self) -> list[tuple[str, str, Sequence[Row]]]:
+        """Id, heading and rows: claims on all data sets; where there are many, apart from these those on single data
+        sets, and those that the runs give no estimate of."""
         if len(self.rows) <= TOGETHER:
-            return [("", self.rows)]
-        wide = [row for row in self.rows if row.everywhere]
-        single = [row for row in self.rows if not row.everywhere]
-        return [(name, rows) for name, rows in (("", wide), ("Claims on single data sets", single)) if rows]
+            return [("findings-table", "", self.rows)]
+        tested = [row for row in self.rows if row.tested]
+        made = [
+            ("findings-table", "", [row for row in tested if row.everywhere]),
+            ("findings-single", "Claims on single data sets", [row for row in tested if not row.everywhere]),
+            ("findings-open", "Claims that these runs cannot test", [row for row in self.rows if not row.tested]),
+        ]
+        return [table for table in made if table[2]]
 
 
 def read_findings(directory: Path) -> tuple[Findings, list[str]]:
@@ -157,7 +163,7 @@ def _row(entry: Mapping[str, Any]) -> Row:
     ends = [v for v in (entry["estimate"], entry["low"], entry["high"]) if v is not None and math.isfinite(v)]
     p = min(4, decimals(ends, 2)) if ends else 2
     n, resampled = entry.get("n"), entry.get("resampled") or ""
-    replicates = f"{plain(n)} {resampled}".strip() if n is not None else resampled
+    replicates = f"{plain(n)} {resampled}".strip() if n else resampled
     ps = [(name, entry.get(key)) for name, key in (("p", "p"), ("adjusted p", "p_adjusted"))]
     level, scope = entry.get("level"), _words(entry.get("scope"))
     uncommon = "" if level in (None, 0.95) else f"{100 * level:g} % interval"
@@ -171,10 +177,11 @@ def _row(entry: Mapping[str, Any]) -> Row:
         entry["verdict"],
         replicates or NOTHING,
         [f"{name} {probability(value)}" for name, value in ps if value is not None],
-        data_name(scope),
+        "" if scope == EVERYWHERE else data_name(scope),
         _words(entry.get("yardstick")),
         [str(note) for note in entry.get("notes") or ()],
         scope in ("", EVERYWHERE),
+        entry["estimate"] is not None,
     )
 
 

@@ -89,12 +89,12 @@ def against_untrained(groups: Sequence[Group], definitions: Mapping[str, tuple[s
 def training_curves(groups: Sequence[Group]) -> Figure:
     """The loss terms of the logged steps, a line a run."""
     colours = _colours(groups)
-    panels = []
+    by_term: dict[str, list[Panel]] = {}  # all data sets of a term stand together
     for data, members in _by_data(groups):
         rows = [row for group in members for run in group.runs for row in run.result["history"]]
         terms = [t for t in ("reconstruction", "kl") if any(t in row for row in rows)] or ["loss"]
         for term in terms:
-            drawn = []
+            panels, drawn = by_term.setdefault(term, []), []
             for group, run in ((g, r) for g in members for r in g.runs):
                 history = [row for row in run.result["history"] if row.get(term) is not None]
                 if len(history) > 1:
@@ -119,7 +119,8 @@ def training_curves(groups: Sequence[Group]) -> Figure:
     if len(names) > len(set(colours.values())):
         names = {group.label: architecture_name(group.architecture) for group in groups}
     legend = tuple(dict.fromkeys((colours[label], name) for label, name in names.items()))
-    return Figure("training", "Training.", caption, tuple(panels), legend)
+    panels = tuple(panel for found in by_term.values() for panel in found)
+    return Figure("training", "Training.", caption, panels, legend)
 
 
 def reconstructions(data: str, groups: Sequence[Group], side: int | None = None) -> Figure:

@@ -91,7 +91,7 @@ def overview(groups: Sequence[Group]) -> Overview | None:
     names = list(dict.fromkeys(name(group) for group in chosen))
     at = {(name(group), group.data): group for group in chosen}
     sheets = []
-    for metric in SHOWN:
+    for metric in SHOWN if len(data) > 1 else ():  # of one data set the table of that is all
         found = {key: readings.get((id(group), metric)) for key, group in at.items()}
         if any(found.values()):
             columns = [_column([found.get((row, d)) for row in names], units[metric]) for d in data]

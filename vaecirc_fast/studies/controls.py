@@ -184,7 +184,7 @@ class _Work:
         self.on = on
 
     @functools.cached_property
-    def codes(self) -> tuple[Tensor, Tensor]:
+    def codes(self) -> tuple[Tensor, Tensor | None]:
         """Posterior means and log-variances (N, L) of the model itself."""
         with torch.no_grad():
             return self.on.codes(self.model_itself)
@@ -192,7 +192,10 @@ class _Work:
     @property
     def sigma(self) -> Tensor:
         """The sd of the model's posteriors, root mean square over the images that it is judged on: (L,)."""
-        return self.codes[1].double().exp().mean(0).sqrt()
+        logvar = self.codes[1]
+        if logvar is None:
+            raise InputError("constant sigma: these codes have no posterior variance; leave this control out")
+        return logvar.double().exp().mean(0).sqrt()
 
     @functools.cached_property
     def ratio(self) -> float:

@@ -21,6 +21,7 @@ OPS = [
     "histogram_mi",
     "latent_sweep",
     "patch_mix",
+    "render_scene",
     "render_sprites",
     "sparse_adam",
     "sparse_decode",

@@ -16,6 +16,7 @@
 #include "cpu/histogram_mi.h"
 #include "cpu/latent_sweep.h"
 #include "cpu/patch_mix.h"
+#include "cpu/render_scene.h"
 #include "cpu/render_sprites.h"
 #include "cpu/sparse_adam.h"
 #include "cpu/sparse_decode.h"
@@ -40,6 +41,7 @@ struct Kernels {
     bool (*histogram_mi)(const HistogramMi&);
     bool (*latent_sweep)(const LatentSweep&);
     bool (*patch_mix)(const PatchMix&);
+    bool (*render_scene)(const RenderScene&);
     int64_t (*render_sprites)(const RenderSprites&);
     bool (*tc_logsumexp)(const TcLogsumexp&);
     bool (*tc_logsumexp_backward)(const TcLogsumexpBackward&);
@@ -68,6 +70,7 @@ struct Kernels {
      set::histogram_mi,              \
      set::latent_sweep,              \
      set::patch_mix,                 \
+     set::render_scene,              \
      set::render_sprites,            \
      set::tc_logsumexp,              \
      set::tc_logsumexp_backward,     \
@@ -267,6 +270,15 @@ PYBIND11_MODULE(_C, m) {
             chosen->patch_mix({at<float>(base), at<float>(source), at<int64_t>(order), at<int64_t>(starts),
                                at<int64_t>(stops), at<float>(reference), L, rows_of("patch_mix", network, layers)}));
     });
+    m.def("render_scene",
+          [](const std::array<uintptr_t, 7>& in, const std::array<int64_t, 6>& sizes, uintptr_t out, int threads) {
+              py::gil_scoped_release release;
+              const auto [kind, pose, shape, colour, camera, light, background] = in;
+              const auto [B, P, C, H, W, samples] = sizes;
+              checked(chosen->render_scene({at<int64_t>(kind), at<float>(pose), at<float>(shape), at<float>(colour),
+                                            at<float>(camera), at<float>(light), at<float>(background), B, P, C, H, W,
+                                            samples, at<float>(out), threads}));
+          });
     m.def("render_sprites",
           [](uintptr_t factors, int64_t B, const std::array<int64_t, 6>& sizes, uintptr_t x, int64_t vertices,
              uintptr_t first, uintptr_t crossings, int format, uintptr_t out, bool fresh, int threads) {

@@ -16,7 +16,7 @@ from vaecirc_fast.errors import BackendError, InputError, MissingExtra, Training
 from vaecirc_fast.studies import image
 
 TINY = ["--steps", "20", "--images", "60", "--sweep-images", "8", "--pairs", "4", "--latents", "3", "--batch-size", "8"]
-TINY += ["--circuit-pairs", "0", "--precision", "fp32", "--architectures", "vae"]
+TINY += ["--circuit-pairs", "0", "--precision", "fp32", "--architectures", "vae", "--data", "digits"]
 
 
 def smoke(out, *more):

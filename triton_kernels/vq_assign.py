@@ -89,7 +89,7 @@ def _sums_kernel(
 
 
 def forward(z, codebook, with_totals):
-    """z (N, D), codebook (K, D), float32 -> indices, z_q, distances, counts, sums; see the reference."""
+    """z (N, D), codebook (K, D), float32 -> z_q, indices, distances, counts, sums; see the reference."""
     z, codebook = z.contiguous(), codebook.contiguous()
     (N, D), K = z.shape, len(codebook)
     indices, z_q, distance = z.new_empty(N, dtype=torch.int64), torch.empty_like(z), z.new_empty(N)
@@ -98,10 +98,10 @@ def forward(z, codebook, with_totals):
         block = 1024 if interpreted else 64
         _nearest_kernel[(triton.cdiv(N, block),)](
             *(z, codebook, indices, z_q, distance, N, K, D),
-            **{"BLOCK_N": block, "BLOCK_K": 64, "BLOCK_D": 32 if D > 16 else 16},
+            **{"BLOCK_N": block, "BLOCK_K": 32, "BLOCK_D": 16},  # larger ones spill
         )
     if not with_totals:
-        return indices, z_q, distance, indices.new_empty(0), z.new_empty(0)
+        return z_q, indices, distance, indices.new_empty(0), z.new_empty(0)
     by_code, order = torch.sort(indices, stable=True)
     starts = torch.searchsorted(by_code, torch.arange(K + 1, device=z.device))
     sums = z.new_empty(K, D)
@@ -109,7 +109,7 @@ def forward(z, codebook, with_totals):
     _sums_kernel[(K, triton.cdiv(D, channels))](
         z, order, starts, sums, D, **{"BLOCK_N": max(1, 2048 // channels), "BLOCK_D": channels}
     )
-    return indices, z_q, distance, starts.diff(), sums
+    return z_q, indices, distance, starts.diff(), sums
 
 
 def _call(N, K, D):

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .errors import BackendError, InputError, MissingExtra, TrainingDiverged
+from .errors import BackendError, InputError, MissingExtra, RunFailed, TrainingDiverged
 
 USAGE = """usage: vaecirc COMMAND ...
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except (InputError, MissingExtra) as error:
         return _fail(error, 2)
-    except (TrainingDiverged, BackendError) as error:
+    except (TrainingDiverged, BackendError, RunFailed) as error:
         return _fail(error, 1)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
@@ -59,7 +59,6 @@ def _study(arguments: list[str]) -> int:
         raise InputError(f"study: expected its name, image, got {arguments[0] if arguments else 'nothing'}")
     import tyro
 
-    from . import report
     from .studies import image
 
     parser = argparse.ArgumentParser(prog="vaecirc study image", add_help=False, allow_abbrev=False)
@@ -74,7 +73,7 @@ def _study(arguments: list[str]) -> int:
     config = tyro.cli(image.Config, args=rest, default=base, prog="vaecirc study image", description=description)
     page = image.run(config, progress=not known.json)
     if known.json:
-        print(json.dumps({"report": str(page), "runs": report.summary(config.out)}))
+        print(json.dumps(_summary(page, config.out)))
     return 0
 
 
@@ -87,12 +86,23 @@ def _report(arguments: list[str]) -> int:
     from . import report
 
     page = report.write(known.directory)
-    print(json.dumps({"report": str(page), "runs": report.summary(known.directory)}) if known.json else page)
+    print(json.dumps(_summary(page, known.directory)) if known.json else page)
     if known.open:
         import webbrowser
 
         webbrowser.open(page.resolve().as_uri())
     return 0
+
+
+def _summary(page: Path, directory: Path) -> dict[str, Any]:
+    """What --json prints of a study: a damaged findings.json is a note on the page, and here a reason."""
+    from . import report
+
+    try:
+        findings = report.findings(directory)
+    except InputError as error:
+        findings = {"notes": [str(error)]}
+    return {"report": str(page), "runs": report.summary(directory), "findings": findings}
 
 
 def _doctor(arguments: list[str]) -> int:

@@ -19,3 +19,7 @@ class TrainingDiverged(RuntimeError):
 
 class AccelerationError(BackendError):
     """An accelerated module did not agree with its original and was restored; the message has the numbers."""
+
+
+class RunFailed(RuntimeError):
+    """A run's process ended before its run, or raised what is no error of this package; the message has its trace."""

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from vaecirc_fast.data import load, names
 from vaecirc_fast.errors import InputError
 
-DATASETS = {name: load(name) for name in names() if name != "folder"}  # which needs files: test_folder.py
+NEED_FILES = ("folder", "shapes3d", "mpi3d", "smallnorb", "celeba")  # have tests of their own
+DATASETS = {name: load(name) for name in names() if name not in NEED_FILES}
 
 
 @pytest.fixture(params=DATASETS)
@@ -80,5 +81,5 @@ def test_bad_factors_are_refused(v):
 
 
 def test_an_unknown_name_lists_the_known():
-    with pytest.raises(InputError, match="dsprites, digits"):
+    with pytest.raises(InputError, match="known: dsprites, .*digits"):
         load("mnist")

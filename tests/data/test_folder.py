@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import vaecirc_fast as vf
+from vaecirc_fast.data import memory
 from vaecirc_fast.data.folder import Folder
 from vaecirc_fast.errors import InputError
 
@@ -313,6 +314,15 @@ def test_bad_input_is_refused(tmp_path, root, side, match):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=match):
         Folder(root and tmp_path / root, side=side)
+
+
+def test_more_images_than_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    (tmp_path / "1.png").write_bytes(b"never read")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 24_575)
+    with pytest.raises(
+        InputError, match=r"folder \(1 images\) needs 24.6 kB of memory, of which 24.6 kB are free; use"
+    ):
+        Folder(tmp_path)
 
 
 def test_load_needs_a_root():

@@ -9,6 +9,7 @@ import torch
 
 from vaecirc_fast import report
 from vaecirc_fast.studies import image
+from vaecirc_fast.sweeps import RunStore
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -41,7 +42,7 @@ class Page(HTMLParser):
         if self._table and tag in ("td", "th"):
             self._table[-1].append("")
             self._cell = self._table[-1]
-        if tag == "span" and self._cell is not None:
+        if tag in ("span", "small") and self._cell is not None:
             self._cell[-1] += " "
 
     def handle_startendtag(self, tag, attrs):
@@ -92,7 +93,8 @@ def small_study(out, **more):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     changes = {"steps": 20, "images": 100, "sweep_images": 8, "pairs": 8, "net": "mlp", "data": ["digits"], **more}
-    image.run(image.Config.preset("smoke", out=out, **changes), progress=False)
+    settings = {"data": ["digits"], "architectures": ["vae", "beta_vae"], "coverage": "all", "workers": 1} | changes
+    image.run(image.Config.preset("smoke", out=out, **settings), progress=False)
     torch.set_num_threads(threads)
     return out
 
@@ -129,3 +131,62 @@ def circuits(untrained_circuits, change, tmp_path):
     shutil.copytree(untrained_circuits, out, ignore=shutil.ignore_patterns("checkpoint*", "model*"))
     change(out, "digits-vae-s0-*", lambda result: result.update(trained=True))
     return out
+
+
+@pytest.fixture(scope="session")
+def add_run():
+    """Adds to a study the run `source`, a path, again: with other configuration and `edit` applied to its result."""
+
+    def add(directory, source, name, edit=lambda result: None, **config):
+        result = json.loads((source / "result.json").read_text())
+        run = RunStore(directory).run(name, {**result.pop("config"), **config})
+        run.begin()
+        result.pop("id")
+        edit(result)
+        for file in source.glob("*.safetensors"):
+            if not file.name.startswith(("checkpoint", "model")):
+                shutil.copy(file, run.path)
+        run.finish(result)
+        return run.path
+
+    return add
+
+
+ARCHITECTURES = {
+    "vae": {},
+    "beta_vae": {"beta": 4.0},
+    "factor_vae": {"gamma": 10.0, "hidden": 1000},
+    "dip_vae_ii": {"lambda_od": 10.0, "lambda_d": 10.0},
+}
+
+
+@pytest.fixture(scope="session")
+def many_study(untrained_study, add_run, tmp_path_factory):
+    """Two data sets by four architectures by one seed, all counted as trained but for the FactorVAE on Faces-like, and
+    numbers that differ: of run n every metric is 1 + n / 10 times that of its source."""
+    out = tmp_path_factory.mktemp("many") / "study"
+    source = sorted(untrained_study.glob("runs/digits-vae-s0-*"))[0]
+    names = []
+    for n, (data, kind) in enumerate((d, k) for d in ("norb_like", "faces_like") for k in ARCHITECTURES):
+
+        def edit(result, n=n, failed=(data, kind) == ("faces_like", "factor_vae")):
+            result["trained"] = not failed
+            entries = [*result["metrics"].values(), *result["disentanglement"]["trained"].values()]
+            for entry in entries:
+                for key in ("value", "low", "high"):
+                    if isinstance(entry[key], float):
+                        entry[key] *= 1 + n / 10
+            result["disentanglement"]["trained"]["dci_disentanglement"] |= {"value": 0.1 + n / 20, "notes": []}
+
+        options = ARCHITECTURES[kind]
+        path = add_run(out, source, f"{data}-{kind}-s0", edit, data=data, architecture=kind, options=options)
+        names.append(path.name)
+    (out / "study.json").write_text(json.dumps({"runs": names}))
+    return out
+
+
+@pytest.fixture
+def many(many_study, tmp_path):
+    """A copy of it."""
+    shutil.copytree(many_study, tmp_path / "study")
+    return tmp_path / "study"

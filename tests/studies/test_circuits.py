@@ -199,7 +199,7 @@ CIRCUITS = {"circuit_pairs": 8, "circuit_units": 3}
 
 def test_a_study_stores_circuits_and_their_control(tmp_path):
     torch.set_num_threads(1)
-    config = image.Config.preset("smoke", out=tmp_path, architectures=["vae"], **TINY, **CIRCUITS)
+    config = image.Config.preset("smoke", out=tmp_path, data=["digits"], architectures=["vae"], **TINY, **CIRCUITS)
     page = image.run(config, progress=False).read_text()
     (run,) = tmp_path.glob("runs/*")
     result = json.loads((run / "result.json").read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -234,5 +234,8 @@ def test_a_study_stores_circuits_and_their_control(tmp_path):
 )
 def test_wrong_sizes_are_refused(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
-        image.run(image.Config.preset("smoke", out=tmp_path / "new", **changes), progress=False)
+        image.run(
+            image.Config.preset("smoke", out=tmp_path / "new", data=["digits"], architectures=["vae"], **changes),
+            progress=False,
+        )
     assert not (tmp_path / "new").exists()

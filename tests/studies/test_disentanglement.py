@@ -149,7 +149,9 @@ def config(out, **changes):
         "batch_size": 8,
         "circuit_pairs": 0,
     }
-    return image.Config.preset("smoke", out=out, architectures=("vae",), precision="fp32").replaced(sizes | changes)
+    return image.Config.preset("smoke", out=out, data=("digits",), architectures=("vae",), precision="fp32").replaced(
+        sizes | changes
+    )
 
 
 def result(out):

@@ -7,14 +7,36 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
+from .celeba import CelebA
 from .dataset import Dataset
 from .digits import Digits
 from .dsprites import DSprites
+from .faces_like import FacesLike
 from .folder import Folder
+from .mpi3d import MPI3D
+from .mpi3d_like import MPI3DLike
+from .norb_like import NORBLike
+from .scm_sprites import SCMSprites
+from .shapes3d import Shapes3D
+from .shapes3d_like import Shapes3DLike
+from .smallnorb import SmallNORB
 
 __all__ = ["Dataset", "load", "names", "takes_root"]
 
-_DATASETS: dict[str, type[Dataset]] = {"dsprites": DSprites, "digits": Digits, "folder": Folder}
+_DATASETS: dict[str, type[Dataset]] = {
+    "dsprites": DSprites,
+    "shapes3d": Shapes3D,
+    "shapes3d_like": Shapes3DLike,
+    "mpi3d": MPI3D,
+    "mpi3d_like": MPI3DLike,
+    "smallnorb": SmallNORB,
+    "norb_like": NORBLike,
+    "celeba": CelebA,
+    "faces_like": FacesLike,
+    "scm_sprites": SCMSprites,
+    "digits": Digits,
+    "folder": Folder,
+}
 
 
 def names() -> tuple[str, ...]:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import struct
-import tokenize
 import zipfile
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,21 +13,9 @@ from ..errors import InputError
 from ..ops import render_sprites
 from ..reference.render_sprites import FACTOR_SIZES, SIDE
 from .dataset import Dataset
+from .npz import READ_ERRORS, read_blocks
 
 OFFICIAL_FILE = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
-
-_READ_ERRORS = (
-    OSError,
-    EOFError,
-    KeyError,
-    ValueError,
-    RuntimeError,  # an encrypted member, and as NotImplementedError an unknown compression
-    SyntaxError,  # with TokenError: an array header that is no Python literal
-    tokenize.TokenError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 class DSprites(Dataset):
@@ -68,37 +51,16 @@ class DSprites(Dataset):
         packed = np.empty((n, SIDE * SIDE // 8), np.uint8)
         try:
             with zipfile.ZipFile(path) as archive:
-                for start, v in _blocks(archive, "latents_classes", np.dtype("<i8"), (n, len(self.factor_sizes))):
+                for start, v in read_blocks(archive, "latents_classes", np.dtype("<i8"), (n, len(self.factor_sizes))):
                     if not np.array_equal(v, self._unravel(torch.arange(start, start + len(v))).numpy()):
                         raise ValueError("latents_classes is not in the order of the factors, posY fastest")
-                for start, x in _blocks(archive, "imgs", np.dtype("u1"), (n, SIDE, SIDE)):
+                for start, x in read_blocks(archive, "imgs", np.dtype("u1"), (n, SIDE, SIDE)):
                     if x.max() > 1:
                         raise ValueError(f"imgs holds the value {x.max()}, expected 0 and 1 only")
                     packed[start : start + len(x)] = np.packbits(x.reshape(len(x), -1), axis=1)
-        except _READ_ERRORS as error:
+        except READ_ERRORS as error:
             raise InputError(
                 f"root: expected {path} to be the official file {OFFICIAL_FILE} with imgs uint8 ({n}, {SIDE}, {SIDE}) "
                 f"and latents_classes int64 ({n}, {len(self.factor_sizes)}), found: {' '.join(str(error).split())}"
             ) from error
         return torch.from_numpy(packed)
-
-
-def _blocks(
-    archive: zipfile.ZipFile, key: str, dtype: np.dtype, shape: tuple[int, ...], rows: int = 4096
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Blocks of rows of one array, with the first row of each: the whole of `imgs` would take 3 GB."""
-    with archive.open(f"{key}.npy") as stream:
-        version = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        found_shape, fortran, found_dtype = read_header(stream)
-        if (found_shape, fortran, found_dtype) != (shape, False, dtype):
-            raise ValueError(f"{key} is {found_dtype} {found_shape}{' in Fortran order' if fortran else ''}")
-        row_bytes = dtype.itemsize * math.prod(shape[1:])
-        for start in range(0, shape[0], rows):
-            n = min(rows, shape[0] - start)
-            block = stream.read(n * row_bytes)
-            if len(block) != n * row_bytes:
-                raise EOFError(f"{key} ends after {start + len(block) // row_bytes} of {shape[0]} rows")
-            yield start, np.frombuffer(block, dtype).reshape(n, *shape[1:])
-        if stream.read(1):  # reading to the end is also what checks the checksum
-            raise ValueError(f"{key} holds more than {shape[0]} rows")

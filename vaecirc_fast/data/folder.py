@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from . import memory
 from .dataset import Dataset
+from .image_files import centred_square, read_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -46,7 +49,10 @@ class Folder(Dataset):
         for k, folder in enumerate(classes):
             if not any(label == k for label, _ in files):
                 raise InputError(f"folder: {folder} holds no image ({', '.join(SUFFIXES)})")
-        arrays = [_read(file, side) for _, file in files]
+        # The decoded images and, while these are stacked, a copy.
+        memory.check(2 * len(files) * side * side * 3, f"folder ({len(files):,} images)", "use fewer or a smaller side")
+        fit = functools.partial(centred_square, side=side)
+        arrays = [read_image(file, fit, "folder", "repair or remove it") for _, file in files]
         grey = all(np.array_equal(a[..., 0], a[..., 1]) and np.array_equal(a[..., 0], a[..., 2]) for a in arrays)
         stack = torch.from_numpy(np.stack(arrays)).movedim(3, 1)
         images, labels = (stack[:, :1] if grey else stack).contiguous(), torch.tensor([[k] for k, _ in files])
@@ -69,21 +75,3 @@ class Folder(Dataset):
 def _images_in(folder: Path) -> list[Path]:
     found = (f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
     return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts))
-
-
-def _read(file: Path, side: int) -> np.ndarray:
-    """(side, side, 3) uint8: the largest centred square, resized."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(file) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16") or upright.mode == "I" and image.format == "PNG":
-                # 16 bits: `convert` would clip them at 255
-                upright = Image.fromarray((np.asarray(upright) / 257).round().astype(np.uint8))
-            elif upright.mode in ("I", "F"):
-                raise ValueError("32 bits a pixel, whose range is unknown")
-            fitted = ImageOps.fit(upright.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
-            return np.asarray(fitted)
-    except Exception as error:  # on damaged files the decoders raise anything, struct.error among others
-        raise InputError(f"folder: {file} is not a readable image ({error}); repair or remove it") from error

@@ -21,6 +21,7 @@ from .reconstruction import (
     reconstruction_loss,
     reconstruction_report,
 )
+from .recovery import GraphRecovery, edge_auroc, graph_recovery, reachable, structural_hamming_distance
 from .sap import Sap, sap
 from .score import Score
 from .statistics import Estimate
@@ -38,6 +39,7 @@ __all__ = [
     "Estimate",
     "Explicitness",
     "FactorVaeScore",
+    "GraphRecovery",
     "Irs",
     "Mig",
     "Modularity",
@@ -54,11 +56,13 @@ __all__ = [
     "circuit_modularity",
     "dci",
     "disentanglement_completeness",
+    "edge_auroc",
     "effect_disentanglement",
     "encode_grid",
     "explicitness",
     "factor_vae_score",
     "gaussian_total_correlation",
+    "graph_recovery",
     "irs",
     "isolation",
     "loss_floor",
@@ -70,11 +74,13 @@ __all__ = [
     "modularity",
     "polysemanticity",
     "posterior_scale_from",
+    "reachable",
     "reconstruction_loss",
     "reconstruction_report",
     "sap",
     "specificity",
     "statistics",
+    "structural_hamming_distance",
     "udr",
     "wasserstein_correlation",
 ]

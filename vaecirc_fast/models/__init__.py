@@ -10,21 +10,49 @@ import torch
 
 from .._tensor_files import read_tensors, write_tensors
 from ..errors import InputError
+from .annealed_vae import AnnealedVAE
+from .beta_tcvae import BetaTCVAE
 from .beta_vae import BetaVAE
 from .codes import Codes
+from .dip_vae import DIPVAEI, DIPVAEII
+from .factor_vae import FactorVAE
 from .image_model import ImageModel
 from .likelihoods import kl_divergence
 from .vae import VAE
 from .vq_vae import VQVAE
 
-__all__ = ["VAE", "VQVAE", "BetaVAE", "Codes", "ImageModel", "build", "kl_divergence", "load", "names", "save"]
+__all__ = [
+    "VAE",
+    "VQVAE",
+    "AnnealedVAE",
+    "BetaTCVAE",
+    "BetaVAE",
+    "Codes",
+    "DIPVAEI",
+    "DIPVAEII",
+    "FactorVAE",
+    "ImageModel",
+    "build",
+    "kl_divergence",
+    "load",
+    "names",
+    "options",
+    "save",
+]
 
-_MODELS: dict[str, type[ImageModel]] = {model.name: model for model in (VAE, BetaVAE, VQVAE)}
+_CLASSES: tuple[type[ImageModel], ...] = (VAE, BetaVAE, AnnealedVAE, FactorVAE, BetaTCVAE, DIPVAEI, DIPVAEII, VQVAE)
+_MODELS = {model.name: model for model in _CLASSES}
 
 
 def names() -> tuple[str, ...]:
     """The names `build` knows."""
     return tuple(_MODELS)
+
+
+def options(name: str) -> tuple[str, ...]:
+    """The options that model `name` has of its own, beside those that all have."""
+    shared = inspect.signature(VAE).parameters
+    return tuple(option for option in inspect.signature(_MODELS[name]).parameters if option not in shared)
 
 
 def build(
@@ -39,8 +67,8 @@ def build(
     """A new model for images of `shape` (C, H, W) with `latents` latents, float32 on the CPU.
 
     `net`: "conv" or "mlp"; `likelihood`: "bernoulli" or "gaussian"; `options` are those of the class: `width`,
-    `trials` of all; `sigma` of all but "vq_vae"; `beta` of "beta_vae"; `codes`, `code_width`, `commitment`, `decay` and
-    `reseed` of "vq_vae". InputError for an unknown name or option, naming the known ones.
+    `trials` of all; `sigma` of all but "vq_vae"; `beta` of "beta_vae" and so on. InputError for an unknown name or
+    option, naming the known ones.
     """
     if name not in _MODELS:
         raise InputError(f"name: unknown model {name!r}; known are {', '.join(_MODELS)}")

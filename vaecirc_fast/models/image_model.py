@@ -25,6 +25,7 @@ class ImageModel(nn.Module):
     """
 
     name: str
+    batches: int = 1  # that `loss` takes at once; all but the first only help its objective
     encoder: nn.Module
     decoder: Decoder
 
@@ -73,22 +74,38 @@ class ImageModel(nn.Module):
         """Mean of the likelihood (B, C, H, W) of codes."""
         raise NotImplementedError
 
-    def loss(self, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def loss(
+        self, x: Tensor, generator: torch.Generator | None = None, *, step: int | None = None
+    ) -> dict[str, Tensor]:
         """Terms of the objective, each the batch mean in nats per image; "loss" is the sum of the others.
 
-        x (B, C, H, W) with B >= 1 in the model's dtype. All randomness comes from `generator` (the global state if
-        None). Values are checked on CPU tensors only: on a GPU that would wait for the device at every step.
+        x (n B, C, H, W) with B >= 1 in the model's dtype: `batches` n equal batches, of which the first is the one that
+        terms are means over. All randomness comes from `generator` (the global state if None). `step`: updates made so
+        far, for an objective that changes with them; None is after the last change. Values are checked on CPU tensors
+        only: on a GPU that would wait for the device at every step.
         """
         values = x.device.type == "cpu" and not torch.compiler.is_compiling()
         self.check_images(x, values=values)
         if not len(x):
             raise InputError("x: expected at least one image, got none")
-        terms = self.objective(x, generator)
+        if len(x) % self.batches:
+            raise InputError(f"x: {self.name} takes {self.batches} batches of equal size at once, got {len(x)} images")
+        if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
+            raise InputError(f"step: expected the number of updates so far or None, got {step!r}")
+        terms = self.objective(x, generator, step)
         return {"loss": torch.stack(list(terms.values())).sum(), **terms}
 
-    def objective(self, x: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+    def objective(self, x: Tensor, generator: torch.Generator | None, step: int | None) -> dict[str, Tensor]:
         """The summands of the loss for checked images, in nats per image."""
         raise NotImplementedError
+
+    def prepare(self, images: int) -> None:
+        """Tell the objective how many images the data set to train on has; most need not know."""
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """What Adam is given to train this model at learning rate `lr`: parameters and their options, for each part
+        that has its own. Whatever lowers the rate during training lowers that of every group alike."""
+        return [{"params": list(self.parameters()), "lr": lr}]
 
     def reconstruction(self, x: Tensor, logits: Tensor) -> Tensor:
         """Negative log-likelihood of x given logits, both (B, C, H, W): the batch mean in nats per image."""
@@ -127,6 +144,12 @@ def check_positive(name: str, value: Any) -> None:
     """InputError unless `value` is a finite number above zero."""
     if not positive(value):
         raise InputError(f"{name}: expected a positive number, got {value!r}")
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """InputError unless `value` is a finite number of at least zero."""
+    if not positive(value) and (isinstance(value, bool) or value != 0):
+        raise InputError(f"{name}: expected a number of at least 0, got {value!r}")
 
 
 def check_count(name: str, value: Any) -> None:

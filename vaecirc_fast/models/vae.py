@@ -67,7 +67,7 @@ class VAE(ImageModel):
         z = sample_posterior(mu, logvar, generator) if self.training else mu
         return self.decoder(z)
 
-    def objective(self, x: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+    def objective(self, x: Tensor, generator: torch.Generator | None, step: int | None) -> dict[str, Tensor]:
         """The summands of the loss through one posterior sample of each image, in nats per image."""
         mu, logvar = self.encode(x)
         z = sample_posterior(mu, logvar, generator)

@@ -100,7 +100,7 @@ class VQVAE(ImageModel):
         self.check_images(x)
         return self.decoder(self.quantiser(at_least_float32(self.encoder(x))))
 
-    def objective(self, x: Tensor, generator: torch.Generator | None) -> dict[str, Tensor]:
+    def objective(self, x: Tensor, generator: torch.Generator | None, step: int | None) -> dict[str, Tensor]:
         """ "reconstruction", in nats per image, and "commitment": `commitment` times the sum over slots and channels of
         (z_e - z_q)^2, in squared units of the code space per image. In training mode the codebook moves afterwards."""
         z_e = at_least_float32(self.encoder(x))

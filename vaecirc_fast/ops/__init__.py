@@ -6,6 +6,7 @@ from .effect_reduction import effect_reduction
 from .histogram_mi import histogram_mi
 from .latent_sweep import latent_sweep
 from .patch_mix import patch_mix
+from .render_scene import render_scene
 from .render_sprites import render_sprites
 from .sparse_adam import sparse_adam
 from .sparse_decode import sparse_decode
@@ -22,6 +23,7 @@ __all__ = [
     "histogram_mi",
     "latent_sweep",
     "patch_mix",
+    "render_scene",
     "render_sprites",
     "sparse_adam",
     "sparse_decode",

@@ -48,7 +48,7 @@ def vq_assign(z: Tensor, codebook: Tensor, *, totals: bool = False) -> Assigned:
     call = torch.ops.vaecirc_fast.vq_assign
     if not is_traced(z, codebook):
         call = _run if is_plain_call(z, codebook) else _Function.apply
-    indices, z_q, distance, counts, sums = call(rows, codebook, totals)
+    z_q, indices, distance, counts, sums = call(rows, codebook, totals)
     shape = z.shape[:-1]
     found = indices.reshape(shape), z_q.reshape(z.shape), distance.reshape(shape)
     return Assigned(*found, *((counts, sums) if totals else (None, None)))
@@ -82,13 +82,14 @@ def _run(z: Tensor, codebook: Tensor, totals: bool) -> tuple[Tensor, Tensor, Ten
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     z, codebook, _ = inputs
-    indices, z_q, _, counts, sums = output
+    z_q, indices, _, counts, sums = output
     # a codebook that is moved between forward and backward, as moving averages do, is not looked at again
     ctx.save_for_backward(z, codebook if ctx.needs_input_grad[1] else None, indices, z_q)
     ctx.mark_non_differentiable(indices, counts, sums)
 
 
-def _backward(ctx: Any, _indices: Any, grad_z_q: Tensor, grad_distance: Tensor, _counts: Any, _sums: Any):
+def _backward(ctx: Any, *grads: Tensor):
+    grad_z_q, _, grad_distance, _, _ = grads
     z, codebook, indices, z_q = ctx.saved_tensors
     of_z, of_codebook, _ = ctx.needs_input_grad
     codes = codebook[indices] if of_codebook else z_q.detach()  # constant: its straight-through gradient is not asked
@@ -113,8 +114,8 @@ def _vmap(call: Any, info: Any, in_dims: tuple, z: Tensor, codebook: Tensor, tot
     if totals or in_dims[0] is None or in_dims[1] is not None or info.batch_size == 0:
         return one_by_one(call, info, in_dims, z, codebook, totals)
     z = z.movedim(in_dims[0], 0)
-    indices, z_q, distance, counts, sums = call(z.flatten(0, 1), codebook, totals)
-    found = (out.unflatten(0, z.shape[:2]) for out in (indices, z_q, distance))
+    z_q, indices, distance, counts, sums = call(z.flatten(0, 1), codebook, totals)
+    found = (out.unflatten(0, z.shape[:2]) for out in (z_q, indices, distance))
     return (*found, counts, sums), (0, 0, 0, None, None)
 
 
@@ -127,7 +128,7 @@ def _fake(z, codebook, totals):
     rows, indices = z.shape[0], z.new_empty(z.shape[:1], dtype=torch.int64)
     of_codes = (len(codebook), codebook.shape[1]) if totals else (0,)
     return (
-        *(indices, z.new_empty((rows, codebook.shape[1])), z.new_empty((rows,))),
+        *(z.new_empty((rows, codebook.shape[1])), indices, z.new_empty((rows,))),
         *(indices.new_empty(of_codes[:1]), z.new_empty(of_codes)),
     )
 
@@ -147,7 +148,7 @@ def _cpp(z: Tensor, codebook: Tensor, totals: bool) -> tuple[Tensor, Tensor, Ten
     out = [t.data_ptr() if t.numel() else 0 for t in (indices, z_q, distance, counts, sums)]
     threads = _native.threads(max(N * K * D // 16, N * D))
     _native.cpp().vq_assign(_native.DTYPES[z.dtype], z.data_ptr(), codebook.data_ptr(), (N, K, D), out, threads)
-    return indices, z_q, distance, counts, sums
+    return z_q, indices, distance, counts, sums
 
 
 def _load_reference():

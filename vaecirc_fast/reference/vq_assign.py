@@ -25,11 +25,11 @@ def totals(z: Tensor, indices: Tensor, K: int) -> tuple[Tensor, Tensor]:
 
 
 def forward(z: Tensor, codebook: Tensor, with_totals: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """z (N, D), codebook (K, D) -> indices (N,) int64, z_q (N, D), distances (N,), counts (K,) int64, sums (K, D).
+    """z (N, D), codebook (K, D) -> z_q (N, D), indices (N,) int64, distances (N,), counts (K,) int64, sums (K, D).
 
     distance[n] = |z_n - z_q_n|^2. Without totals the last two are empty.
     """
     indices = nearest(z, codebook)
     z_q = codebook[indices]
     counts, sums = totals(z, indices, len(codebook)) if with_totals else (indices.new_empty(0), z.new_empty(0))
-    return indices, z_q, (z - z_q).square().sum(1), counts, sums
+    return z_q, indices, (z - z_q).square().sum(1), counts, sums

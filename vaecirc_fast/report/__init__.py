@@ -10,7 +10,7 @@ from typing import Any
 
 from .console import Console
 
-__all__ = ["Console", "summary", "table", "write"]
+__all__ = ["Console", "findings", "summary", "table", "write"]
 
 
 def write(directory: str | Path) -> Path:
@@ -36,11 +36,26 @@ def table(directory: str | Path) -> str:
 
 
 def summary(directory: str | Path) -> list[dict[str, Any]]:
-    """Every finished run as JSON values: name, config, whether trained, its metrics and its control's.
+    """Every finished run as JSON values: name, config, whether trained, its metrics and its controls', and, where it
+    has them, the disentanglement metrics of the trained, the untrained and the permuted codes.
 
     Errors as `write`.
     """
     from .results import read
 
-    keys = ("config", "trained", "metrics", "control")
-    return [{"run": run.path.name} | {key: run.result[key] for key in keys} for run in read(Path(directory)).runs]
+    keys = ("config", "trained", "metrics", "control", "disentanglement")
+    return [
+        {"run": run.path.name} | {key: run.result[key] for key in keys if key in run.result}
+        for run in read(Path(directory)).runs
+    ]
+
+
+def findings(directory: str | Path) -> dict[str, Any]:
+    """findings.json of a study as it is, empty where there is none; InputError for a damaged one."""
+    from ..errors import InputError
+    from .claims import read_findings
+
+    found, troubles = read_findings(Path(directory))
+    if troubles:
+        raise InputError(f"{directory}: {troubles[0]}")
+    return dict(found.found)

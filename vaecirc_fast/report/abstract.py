@@ -53,7 +53,8 @@ def abstract(study: Study, found: Sequence[Group], places: Places) -> list[str]:
 def _strengths(found: Sequence[Group], places: Places) -> list[str]:
     """Posterior CES of the trained groups against their controls."""
     name = "ces_posterior"
-    cells = [(group, group.cells[name]) for group in found if name in group.cells]
+    unit = next((_unit(group, name) for group in found if name in group.cells), "")
+    cells = [(group, group.cells[name]) for group in found if name in group.cells and _unit(group, name) == unit]
     measured = [(g, c.estimate.value, c.control.value) for g, c in cells if c.estimate and c.control]
     if not measured:
         return []
@@ -70,7 +71,7 @@ def _strengths(found: Sequence[Group], places: Places) -> list[str]:
         p = decimals([min(ratios)], 2)
         ends = [number(min(ratios), p), number(max(ratios), p)]
         against = f", or {ends[0] if ends[0] == ends[1] else ' to '.join(ends)} times that of the untrained networks"
-    sentences = [f"Posterior CES, the mean over all latents, in intensity per posterior sd, {span}{against}."]
+    sentences = [f"Posterior CES, the mean over all latents, in {unit}, {span}{against}."]
     bounded = [cell for _, cell in cells if cell.side != "unknown"]
     if bounded:
         clear = sum(cell.side == "above" for cell in bounded)
@@ -85,6 +86,11 @@ def _strengths(found: Sequence[Group], places: Places) -> list[str]:
             "With so few seeds an interval over seeds is wide, and a difference that does not clear it is open."
         )
     return sentences
+
+
+def _unit(group: Group, metric: str) -> str:
+    """Codes that have no posterior have another unit, and are not compared with others here."""
+    return group.runs[0].result["definitions"][metric]["unit"]
 
 
 def sizes(study: Study) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ..metrics.statistics import Estimate, hierarchical_interval, t_interval
 from .results import Run
-from .words import data_name, listed, model_name, plain
+from .words import architecture_name, data_name, listed, model_name, option_name, plain
 
 Side = Literal["above", "below", "overlaps", "unknown"]
 
@@ -38,6 +38,15 @@ class Group:
     label: str
     runs: tuple[Run, ...]
     cells: Mapping[str, Cell]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration that the runs share, with the seed of the first."""
+        return self.runs[0].config
+
+    @property
+    def architecture(self) -> str:
+        return self.config["architecture"]
 
     @property
     def trained(self) -> tuple[Run, ...]:
@@ -71,9 +80,17 @@ def _labels(configs: list[Mapping[str, Any]]) -> list[str]:
     for config in configs:
         label = model_name(config)
         rivals = [c for c in configs if c["data"] == config["data"] and model_name(c) == label]
-        keys = [key for key in config if key != "seed" and len({json.dumps(c.get(key)) for c in rivals}) > 1]
-        labels.append(", ".join([label, *(f"{key.replace('_', ' ')} {plain(config[key])}" for key in keys)]))
+        keys = [key for key in config if key not in ("seed", "options") and _differ(rivals, key)]
+        settings = [f"{key.replace('_', ' ')} {plain(config[key])}" for key in keys]
+        options, others = config.get("options", {}), [c.get("options", {}) for c in rivals]
+        keys = [key for key in options if _differ(others, key)]
+        settings += [f"{option_name(key)} = {plain(options[key])}" for key in keys]
+        labels.append(", ".join([label, *settings]))
     return labels
+
+
+def _differ(configs: Sequence[Mapping[str, Any]], key: str) -> bool:
+    return len({json.dumps(c.get(key)) for c in configs}) > 1
 
 
 def _cells(runs: Sequence[Run]) -> dict[str, Cell]:
@@ -117,18 +134,20 @@ def side(estimate: Estimate | None, control: Estimate | None) -> Side:
 
 
 def definitions(runs: Sequence[Run]) -> dict[str, tuple[str, str]]:
-    """Unit and definition of each metric. Runs that do not define a metric alike are of different protocols; the first
-    definition is printed with a word on that.
+    """Unit and definition of each metric, the first of those that runs have. Others are said with the architectures
+    that have them: codes have no steps, and runs may be of different protocols.
     """
-    found: dict[str, dict[str, tuple[str, str]]] = {}
+    found: dict[str, dict[tuple[str, str], dict[str, None]]] = {}
     for run in runs:
+        name_of_run = architecture_name(run.config["architecture"])
         for name, entry in run.result["definitions"].items():
             pair = (entry["unit"], entry["definition"])
-            found.setdefault(name, {}).setdefault(json.dumps(pair), pair)
+            found.setdefault(name, {}).setdefault(pair, {})[name_of_run] = None
     out = {}
     for name, pairs in found.items():
-        (unit, text), *others = pairs.values()
-        if others:
-            text += f" (other runs here define it otherwise: {listed(t for _, t in others)})"
+        (unit, text), *others = pairs
+        for other_unit, other in others:
+            same = "" if other_unit == unit else f" ({other_unit or 'dimensionless'})"
+            text += f"; of {listed(pairs[other_unit, other])}: {other}{same}"
         out[name] = (unit, text)
     return out

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from markupsafe import escape
+
 from ..metrics.statistics import Estimate
 from . import svg
 from .svg import CHARACTER, Scale, line, path, picture, spread, tag, text, x_axis, y_axis
@@ -185,3 +187,112 @@ def bars(drawn: Sequence[Bar], y_label: str, what: str, top: float) -> str:
     parts.append(line(left, bottom, WIDE - 6, bottom, "axis"))
     parts.append(text((left + WIDE - 6) / 2, bottom + 29, "latent", "middle", "label"))
     return picture("".join(parts), WIDE, bottom + 34, what)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of `points`, or of `ladders`: `shape` is an index into the shapes; hollow: its inside is white."""
+
+    x: float
+    y: float
+    colour: str
+    shape: int = 0
+    hollow: bool = False
+    small: bool = False
+    name: str = ""
+    low: float | None = None
+    high: float | None = None
+
+
+def points(marks: Sequence[Mark], x_label: str, y_label: str, what: str, remarks: Sequence[str] = ()) -> str:
+    """A scatter plot whose axes hold 0; `remarks`, lines beneath it; a mark's name is said when pointed at."""
+    x_top, y_top = (
+        svg.rounded_up(max([*(v for v in values if v > 0), 0.0])) for values in zip(*_places(marks), strict=True)
+    )
+    low = [min(0.0, *values) for values in zip(*_places(marks), strict=True)]
+    bottom = 216.0
+    y = Scale(low[1], y_top, bottom, 30)
+    left = 10 + 6.2 * max(map(len, svg.tick_labels(y.ticks())), default=1)
+    x = Scale(low[0], x_top, left + 6, NARROW - 18)
+    parts = [y_axis(y, left, NARROW - 18, y_label), x_axis(x, bottom, x_label)]
+    parts += [_mark(mark, x(mark.x), y(mark.y)) for mark in sorted(marks, key=lambda mark: not mark.small)]
+    for n, words in enumerate(remarks):
+        parts.append(text(0, bottom + 50 + 14 * n, words, cls="tick"))
+    return picture("".join(parts), NARROW, bottom + 36 + (6 + 14 * len(remarks) if remarks else 0), what)
+
+
+def _places(marks: Sequence[Mark]) -> list[tuple[float, float]]:
+    return [(mark.x, mark.y) for mark in marks]
+
+
+def ladders(
+    rows: Sequence[Sequence[Mark]], x_label: str, y_label: str, what: str, at: float | None = None, log: bool = False
+) -> str:
+    """Lines through few points with intervals, a line a row; an upright line at x = `at`; log: of the width's axis."""
+    marks = [mark for row in rows for mark in row]
+    xs = [mark.x for mark in marks] + ([at] if at is not None else [])
+    top = max(mark.y for mark in marks)
+    ends = [bound for mark in marks for bound in (mark.low, mark.high) if bound is not None]
+    reach = [e for e in ends if min(0.0, *(m.y for m in marks)) - 0.3 * top <= e <= 1.5 * top]
+    bottom = 196.0
+    y = Scale(min([0.0, *(m.y for m in marks), *reach]), svg.rounded_up(max([top, *reach])), bottom, 30)
+    left = 10 + 6.2 * max(map(len, svg.tick_labels(y.ticks())), default=1)
+    log = log and min(xs) > 0
+    margin = 1.12 if log else 0.06 * ((max(xs) - min(xs)) or 1)
+    bounds = (min(xs) / margin, max(xs) * margin) if log else (min(xs) - margin, max(xs) + margin)
+    x = Scale(*bounds, left + 4, NARROW - 10, log)
+    parts = [y_axis(y, left, NARROW - 10, y_label), line(left, bottom, NARROW - 10, bottom, "axis")]
+    for value in sorted(set(mark.x for mark in marks)):  # the values that runs have, not round ones
+        parts += [
+            line(x(value), bottom, x(value), bottom + 3, "axis"),
+            text(x(value), bottom + 14, f"{value:g}", "middle", "tick"),
+        ]
+    parts.append(text((left + NARROW - 10) / 2, bottom + 29, x_label, "middle", "label"))
+    if at is not None:
+        parts.append(line(x(at), 30, x(at), bottom, "limit"))
+    for row in rows:
+        ordered = sorted(row, key=lambda mark: mark.x)
+        parts.append(path([(x(m.x), y(m.y)) for m in ordered], stroke=row[0].colour, cls="curve"))
+        for mark in ordered:
+            if mark.low is not None and mark.high is not None:
+                low, high = max(mark.low, y.low), min(mark.high, y.high)
+                parts.append(line(x(mark.x), y(low), x(mark.x), y(high), "sample", stroke=mark.colour, opacity=0.45))
+        parts += [_mark(mark, x(mark.x), y(mark.y)) for mark in ordered]
+    return picture("".join(parts), NARROW, bottom + 36, what)
+
+
+SHAPES = 6
+
+
+def _mark(mark: Mark, x: float, y: float) -> str:
+    """A circle, square, triangle, diamond, triangle on its head or cross of about one size."""
+    r = 3.0 if mark.small else 4.6
+    name = tag("title", str(escape(mark.name))) if mark.name else ""
+    look = {"fill": "#fff" if mark.hollow else mark.colour, "stroke": mark.colour, "cls": "point"}
+    shape = mark.shape % SHAPES
+    if shape == 0:
+        return tag("circle", name, cx=x, cy=y, r=r, **look)
+    corners = {
+        1: [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
+        2: [(0, -1.2), (1.1, 0.8), (-1.1, 0.8)],
+        3: [(0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)],
+        4: [(0, 1.2), (1.1, -0.8), (-1.1, -0.8)],
+        5: [(a * u, b * v) for a, b in ((1, 1), (1, -1), (-1, -1), (-1, 1)) for u, v in _arm(a * b)],
+    }[shape]
+    d = "M" + "L".join(f"{x + r * a:.1f} {y + r * b:.1f}" for a, b in corners) + "Z"
+    return tag("path", name, d=d, **look)
+
+
+def _arm(turn: int) -> list[tuple[float, float]]:
+    """Corners of a quarter of an upright cross, in the order in which its outline is drawn."""
+    arm = [(0.4, 1.15), (0.4, 0.4), (1.15, 0.4)]
+    return arm if turn > 0 else arm[::-1]
+
+
+def marks_key(entries: Sequence[tuple[Mark, str]]) -> str:
+    """What marks mean, a line each."""
+    parts = [
+        _mark(mark, 10, 16 + 21 * n) + text(26, 20 + 21 * n, words, cls="label")
+        for n, (mark, words) in enumerate(entries)
+    ]
+    return picture("".join(parts), NARROW, 14 + 21 * len(entries), "Key to the marks in these panels")

@@ -11,17 +11,18 @@ from markupsafe import Markup
 
 from . import graphs, pictures, svg
 from .aggregate import Group
-from .figures import Figure, Panel, ordered_latents, slug, subscript
+from .figures import Figure, Panel, slug
 from .graphs import Edge, Node
 from .inputs import KINDS
+from .latents import ordered_latents, subscript
 from .pictures import Strip
 from .results import Run
 from .tables import Printed
 from .words import decimals, interval, listed, number
 
 FILE = "circuits.safetensors"
-UNITS = 64  # of each site in the heatmap
-EDGES = 16  # drawn of each pair of layers
+UNITS, FEWER_UNITS = 64, 32  # of each site in the heatmap; fewer where configurations are many
+EDGES, FEWER_EDGES = 16, 8  # drawn of each pair of layers, likewise
 LATENTS = 3  # of each change in the table of mediation
 TERMS = ("nie_pure", "nie_total", "nde_pure", "interaction", "share")
 
@@ -36,8 +37,8 @@ def _change(groups: Sequence[Group]) -> str:
     return KINDS.get(kind, ("", "one thing in the image is changed"))[1]
 
 
-def patching(data: str, groups: Sequence[Group]) -> Figure:
-    """Site by site, units by changes: the share of the output's change that a unit makes alone."""
+def patching(data: str, groups: Sequence[Group], most: int = UNITS) -> Figure:
+    """Site by site, at most `most` units by changes: the share of the output's change that a unit makes alone."""
     shares = {id(group): _shares(group.shown) for group in groups}
     highest = [float(np.nanmax(values, initial=0.0)) for found in shares.values() for values in found.values()]
     top = svg.rounded_up(max(highest, default=1.0))
@@ -47,7 +48,7 @@ def patching(data: str, groups: Sequence[Group]) -> Figure:
         for site, values in found.items():
             order = np.argsort(-np.nansum(values, 0), kind="stable")
             remark = f"{values.shape[1]} units, strongest {number(100 * float(np.nanmax(values, initial=0.0)), 0)} %"
-            drawn.append(Strip(site, values[:, order[:UNITS]], remark))
+            drawn.append(Strip(site, values[:, order[:most]], remark))
         variants = group.shown.result["circuits"]["variants"]
         return pictures.strips(drawn, variants, top, f"{data}: what each unit does alone when it is patched")
 
@@ -60,7 +61,7 @@ def patching(data: str, groups: Sequence[Group]) -> Figure:
         "elsewhere. Sites in the order in which they run; units from the strongest to the weakest over all changes, of "
         "a site the first {}. Small shares are spread out: the scale goes by the square root. Intervals of every unit "
         "are in the runs’ {}."
-    ).format(_change(groups), pairs, UNITS, FILE)
+    ).format(_change(groups), pairs, most, FILE)
     ticks = [0.0, *(t for t in (0.01, 0.05, 0.2, 0.5, 1.0, 2.0) if t <= top)]
     labels = [number(t, 2) if t else "0" for t in ticks]
     bar = pictures.shade_bar(top, ticks, labels, "share of the whole change, dimensionless", root=True)
@@ -90,7 +91,7 @@ def mediators(data: str, groups: Sequence[Group]) -> Figure:
         active = {row["latent"]: row["active"] for row in run.result["latents"]}
         columns = [f"z{subscript(i)}" for i in latents]
         title = _title(group)
-        faint = [not active[i] for i in latents]
+        faint = [not active.get(i, True) for i in latents]
         drawing = pictures.matrix(values, run.result["circuits"]["variants"], columns, faint, top, title)
         panels.append(Panel(title, drawing, "" if run.trained else "not trained"))
     caption = Markup(
@@ -114,12 +115,12 @@ def _mediated(run: Run) -> tuple[np.ndarray, list[int]]:
     return np.array([[row[i] for i in latents] for row in rows], dtype=float), latents
 
 
-def graph(data: str, groups: Sequence[Group]) -> Figure:
-    """The circuit graph of each shown run, and that of its untrained twin."""
+def graph(data: str, groups: Sequence[Group], twins: bool = True) -> Figure:
+    """The circuit graph of each shown run, and, if `twins`, that of its untrained twin."""
     panels = []
     for group in groups:
         run = group.shown
-        for name, words in (("graph", ""), ("control", ", before training")):
+        for name, words in (("graph", ""), ("control", ", before training"))[: 2 if twins else 1]:
             title = _title(group) + words
             mark = "" if run.trained or words else "not trained"
             if run.circuits() is None:
@@ -127,13 +128,13 @@ def graph(data: str, groups: Sequence[Group]) -> Figure:
             elif not run.result["circuits"][name]:
                 panels.append(Panel(title, mark=mark, missing="A pair of layers has no effect: there is no graph."))
             else:
-                panels.append(Panel(title, _drawn(run, name, f"{data}: circuit graph of {title}"), mark))
+                panels.append(Panel(title, _drawn(run, name, f"{data}: circuit graph of {title}", not twins), mark))
     first = groups[0].shown.result["circuits"]
     found = first["graph"] or first["control"]
     units = listed(dict.fromkeys(f"{len(row['units'])}" for row in found["layers"][1:-1])) if found else "some"
     caption = Markup(
         "The decoder as a graph. Nodes: the latents; of each layer the {} units through which paths of the greatest "
-        "weight lead; a 4 × 4 mosaic of the image, each cell drawn as its place. An edge is the direct effect of a "
+        "weight lead{}; a 4 × 4 mosaic of the image, each cell drawn as its place. An edge is the direct effect of a "
         "parent that alone takes its value for another image, in standard deviations of the child per standard "
         "deviation of the parent, over {} pairs of images; each pair of layers has total weight 1, and a path the "
         "product of its edges. Drawn are the {} strongest edges of each pair of layers. Colours: Louvain "
@@ -141,11 +142,12 @@ def graph(data: str, groups: Sequence[Group]) -> Figure:
         "both its ends are in, else it is grey. <i>Q</i> and its difference from the nulls are those of Tables 1 and"
         " 2; <i>z</i>: this difference in standard deviations of the nulls, which is no interval: edges are measured"
         " on these pairs alone. Hollow: inactive latents."
-    ).format(units, first["pairs"], EDGES)
+    ).format(units, "" if twins else ", if an edge drawn joins them", first["pairs"], EDGES if twins else FEWER_EDGES)
     return Figure(f"graph-{slug(data)}", f"{data}: circuit graphs.", caption, tuple(panels))
 
 
-def _drawn(run: Run, name: str, what: str) -> str:
+def _drawn(run: Run, name: str, what: str, lone: bool) -> str:
+    """lone: whether the graph of the untrained twin is not drawn, and so gets a line here."""
     found = run.result["circuits"][name]
     tensors = run.circuits()
     assert tensors is not None
@@ -158,7 +160,7 @@ def _drawn(run: Run, name: str, what: str) -> str:
         for n, unit in enumerate(row["units"]):
             community = found["communities"][len(nodes)]
             if column == 0:
-                inactive = name == "graph" and not active[unit]
+                inactive = name == "graph" and not active.get(unit, True)
                 nodes.append(Node(column, f"z{subscript(unit)}", f"z{subscript(unit)}", community, inactive))
             elif column == len(layers) - 1 and side * side == len(row["units"]):
                 place = (n // side, n % side, side, side)
@@ -169,18 +171,30 @@ def _drawn(run: Run, name: str, what: str) -> str:
     for parent, child in pairs:
         weights = tensors[f"{name} {parent} > {child}"].numpy()
         count += int((weights > 0).sum())
-        chosen = graphs.strongest(weights, EDGES)
+        chosen = graphs.strongest(weights, FEWER_EDGES if lone else EDGES)
         edges += [Edge(starts[parent] + u, starts[child] + v, w) for u, v, w in chosen]
     share = sum(edge.weight for edge in edges) / len(pairs)
+    if lone:
+        nodes, edges = _joined(nodes, edges, len(layers) - 1)
     excess, kept = found["q"] - found["null"], 100 * found["kept"]
     z = "" if found["z"] is None else f" (z = {number(found['z'], 1)})"
+    twin = run.result["circuits"]["control"]
     remarks = (
         f"Q = {number(found['q'], 3)}, nulls {number(found['null'], 3)}: difference {number(excess, 3)}{z}; "
         f"{max(found['communities']) + 1} communities",
         f"drawn: {len(edges)} of {count:,} edges with {100 * share:.0f} % of their weight",
         f"paths through these units alone: {number(kept, decimals([kept], 2))} % of the weight of all paths",
+        *([f"before training: Q = {number(twin['q'], 3)}, nulls {number(twin['null'], 3)}"] if twin and lone else []),
     )
     return graphs.layered(layers, nodes, edges, what, remarks)
+
+
+def _joined(nodes: Sequence[Node], edges: Sequence[Edge], last: int) -> tuple[list[Node], list[Edge]]:
+    """Without the units between that no edge drawn leads to or from."""
+    used = {n for edge in edges for n in (edge.start, edge.end)}
+    kept = [n for n, node in enumerate(nodes) if node.column in (0, last) or n in used]
+    at = {n: place for place, n in enumerate(kept)}
+    return [nodes[n] for n in kept], [Edge(at[e.start], at[e.end], e.weight) for e in edges]
 
 
 @dataclass(frozen=True)
@@ -202,12 +216,12 @@ class MediationTable:
     blocks: Sequence[MediationBlock]
 
 
-def mediation_tables(groups: Sequence[Group]) -> list[MediationTable]:
-    """Of each change the latents of greatest total NIE, and the decoder’s strongest unit."""
-    return [_table(group) for group in groups]
+def mediation_tables(groups: Sequence[Group], brief: bool = False) -> list[MediationTable]:
+    """Of each change the latents of greatest total NIE, and the decoder’s strongest unit; if `brief`, one latent."""
+    return [_table(group, brief) for group in groups]
 
 
-def _table(group: Group) -> MediationTable:
+def _table(group: Group, brief: bool) -> MediationTable:
     run = group.shown
     circuits = run.result["circuits"]
     entries = circuits["mediation"]
@@ -217,14 +231,14 @@ def _table(group: Group) -> MediationTable:
     blocks = []
     for entry in entries:
         *latents, unit = entry["rows"]
-        chosen = sorted(latents, key=lambda row: -(row["nie_total"]["value"] or 0.0))[:LATENTS]
+        chosen = sorted(latents, key=lambda row: -(row["nie_total"]["value"] or 0.0))[: 1 if brief else LATENTS]
         cells = [
             (
                 "z" if row is not unit else f"{row['site']}[{row['unit']}]",
                 row["unit"] if row is not unit else None,
                 _row(row, p),
             )
-            for row in (*chosen, unit)
+            for row in (chosen if brief else (*chosen, unit))
         ]
         blocks.append(MediationBlock(entry["variant"], _printed(entry["te"], p), cells))
     return MediationTable(_title(group), "" if run.trained else "not trained", circuits["pairs"], blocks)

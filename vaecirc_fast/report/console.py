@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .words import duration
+from .words import counted, duration
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 class Console:
@@ -16,29 +21,72 @@ class Console:
     def __init__(self, total: int, enabled: bool = True):
         self.total = total
         self.enabled = enabled
+        self._left = total
         self._started = time.monotonic()
-        self._run_started = self._started
+        self._run_started: dict[Path, float] = {}
         self._times: list[float] = []  # seconds of the runs finished in this call
+        self._last = self._started
+        self._bars: Progress | None = None
+        self._tasks: dict[Path, TaskID] = {}
+
+    def begin(self, settings: str, workers: int) -> None:
+        """What is going to run: the table of settings, and how many runs at a time."""
+        if not self.enabled:
+            return
+        at_once = f", {workers} at a time" if workers > 1 else ""
+        self._print(f"{settings}\n\n{counted(self.total, 'run')}{at_once}\n")
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """While runs are under way in processes of their own: on a terminal, a bar for each."""
+        if not self.enabled or not sys.stderr.isatty():
+            yield
+            return
+        from rich.console import Console as Terminal
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        terminal = Terminal(stderr=True)
+        piped = not sys.stdout.isatty()  # then its lines are not for the terminal
+        with Progress(*columns, console=terminal, transient=True, redirect_stdout=not piped) as self._bars:
+            yield
+        self._bars = None
+
+    def advance(self, run: Any, step: int, steps: int) -> None:
+        """Run `run` has done `step` of its `steps`; at the last one it goes on to be measured."""
+        if self._bars is None:
+            return
+        if run.path not in self._tasks:
+            self._tasks[run.path] = self._bars.add_task(_name(run), total=steps)
+        self._bars.update(
+            self._tasks[run.path], completed=step, description=_name(run) + " measuring" * (step == steps)
+        )
 
     def announce(self, number: int, run: Any, state: str) -> None:
         """One line: run `number` of the total was "skipped", is "started" or "finished"."""
         now = time.monotonic()
         if state == "started":
-            self._run_started = now
+            self._run_started[run.path] = now
         elif state == "finished":
-            self._times.append(now - self._run_started)
+            took = now - self._run_started.pop(run.path, now)
+            self._times.append(now - self._last)
+            self._last = now
+            if self._bars is not None and run.path in self._tasks:
+                self._bars.remove_task(self._tasks.pop(run.path))
         if not self.enabled:
             return
         what = {"skipped": "done before, skipped", "started": "training and measuring"}.get(state)
         if state == "finished":
-            what = f"finished in {duration(self._times[-1])}{self._outlook(number, now)}"
-        name = run.path.name.removesuffix(f"-{run.id}")
+            self._left -= 1
+            what = f"finished in {duration(took)}{self._outlook(now)}"
+        elif state == "skipped":
+            self._left -= 1
         width = len(str(self.total))
-        self._print(f"[{number:>{width}}/{self.total}] {name}: {what or state}")
+        self._print(f"[{number:>{width}}/{self.total}] {_name(run)}: {what or state}")
 
-    def _outlook(self, number: int, now: float) -> str:
-        """Time gone, and left if the other runs take as long as those of this call did on average."""
-        left = self.total - number
+    def _outlook(self, now: float) -> str:
+        """Time gone, and left if the other runs come as fast as those of this call did on average."""
+        left = self._left
         gone = f"; {duration(now - self._started)} gone"
         if not left:
             return gone
@@ -64,3 +112,7 @@ class Console:
         line = line.encode(encoding, "replace").decode(encoding)
         # soft_wrap: what reads the output elsewhere gets whole lines
         Terminal(file=sys.stdout, highlight=False, soft_wrap=True).print(line, markup=False)
+
+
+def _name(run: Any) -> str:
+    return run.path.name.removesuffix(f"-{run.id}")

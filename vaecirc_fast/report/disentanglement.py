@@ -78,7 +78,9 @@ def shown(groups: Sequence[Group]) -> Shown | None:
             (metric_name(name), entry["unit"] or "dimensionless", typeset(entry["definition"]), entry["source"])
             for name, entry in _definitions(having).items()
         ],
-        [(data, list(_notes([run for group in members for run in _runs(group)]))) for data, members in by_data.items()],
+        _shared(
+            {data: list(_notes([r for group in members for r in _runs(group)])) for data, members in by_data.items()}
+        ),
         more,
     )
 
@@ -173,6 +175,14 @@ def _within(low: float | None, high: float | None, places: int) -> str:
 def _equal(low: float | None, high: float | None) -> bool:
     """But for rounding: scores of 1 are sums."""
     return low is not None and high is not None and math.isclose(low, high, rel_tol=1e-9)
+
+
+def _shared(notes: Mapping[str, list[str]]) -> list[tuple[str, Sequence[str]]]:
+    """Notes with the data sets that they are on; what is the same of several is said once."""
+    of: dict[tuple[str, ...], list[str]] = {}
+    for data, said in notes.items():
+        of.setdefault(tuple(said), []).append(data)
+    return [(listed(names), said) for said, names in of.items()]
 
 
 def _notes(runs: Sequence[Run]) -> Iterator[str]:

@@ -68,10 +68,11 @@ def layered(
     parts[-1] = text(WIDTH, 11, columns[-1], "end", "tick")
     parts[0] = text(0, 11, columns[0], "start", "tick")
     largest = max((edge.weight for edge in edges), default=1.0)
-    for edge in sorted(edges, key=lambda e: (_colour(nodes, e) != GREY, e.weight)):
-        parts.append(_curve(edge, nodes, x, y, (edge.weight / largest) ** 0.5))
-    for node, at in zip(nodes, y, strict=True):
-        parts.append(_dot(node, float(x[node.column]), float(at)))
+    ordered = sorted(edges, key=lambda e: (_colour(nodes, e) != GREY, e.weight))
+    drawn = [_curve(edge, nodes, x, y, (edge.weight / largest) ** 0.5) for edge in ordered]
+    parts.append(tag("g", "".join(drawn), cls="edges") if drawn else "")
+    dots = [_dot(node, float(x[node.column]), float(at)) for node, at in zip(nodes, y, strict=True)]
+    parts.append(tag("g", "".join(dots), cls="nodes", stroke="#fff"))
     for n, words in enumerate(remarks):
         parts.append(text(0, head + height + 16 + 14 * n, words, cls="tick"))
     return picture("".join(parts), WIDTH, head + height + 10 + 14 * len(remarks), what)
@@ -114,9 +115,9 @@ def _curve(edge: Edge, nodes: Sequence[Node], x: np.ndarray, y: np.ndarray, stre
     a, b = nodes[edge.start], nodes[edge.end]
     x1, y1, x2, y2 = x[a.column], y[edge.start], x[b.column], y[edge.end]
     bend = 0.45 * (x2 - x1)
-    d = f"M{x1:.1f} {y1:.1f}C{x1 + bend:.1f} {y1:.1f} {x2 - bend:.1f} {y2:.1f} {x2:.1f} {y2:.1f}"
+    d = f"M{x1:.0f} {y1:.0f}C{x1 + bend:.0f} {y1:.0f} {x2 - bend:.0f} {y2:.0f} {x2:.0f} {y2:.0f}"
     colour = _colour(nodes, edge)
-    return tag("path", d=d, stroke=colour, stroke_width=0.5 + 2.7 * strength, opacity=0.3 + 0.55 * strength, cls="edge")
+    return tag("path", d=d, stroke=colour, stroke_width=0.5 + 2.7 * strength, opacity=0.3 + 0.55 * strength)
 
 
 def _dot(node: Node, x: float, y: float) -> str:
@@ -124,12 +125,12 @@ def _dot(node: Node, x: float, y: float) -> str:
     name = tag("title", str(escape(node.name))) if node.name else ""
     label = text(x - 9, y + 3.6, node.label, "end", "tick faint" if node.faint else "tick") if node.label else ""
     if node.place is None:
-        look = {"fill": "#fff", "stroke": colour} if node.faint else {"fill": colour, "stroke": "#fff"}
-        return tag("circle", name, cx=x, cy=y, r=4.4, cls="node", **look) + label
+        look = {"fill": "#fff", "stroke": colour} if node.faint else {"fill": colour}
+        return tag("circle", name, cx=x, cy=y, r=4.4, **look) + label
     row, column, rows, columns = node.place
     side = 12.0
     left, top = x - side / 2, y - side / 2
-    frame = tag("rect", x=left, y=top, width=side, height=side, fill="#fff", stroke=colour, cls="node")
+    frame = tag("rect", x=left, y=top, width=side, height=side, fill="#fff", stroke=colour)
     box = {"x": left + side * column / columns, "y": top + side * row / rows}
     part = tag("rect", name, width=side / columns, height=side / rows, fill=colour, **box)
     return frame + part + label

@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from . import pictures, svg
 from .aggregate import Group, over_seeds
-from .figures import Figure, Panel, ordered_latents, slug, subscript
+from .figures import Figure, Panel, slug
+from .latents import ordered_latents, subscript
 from .results import Run
 from .tables import Printed, bracketed
 from .words import NOTHING, counted, number

@@ -229,11 +229,13 @@ def _problem(load: Any, file: Path) -> str:
 
 
 def _check_effects(effects: Effects, result: dict[str, Any]) -> None:
-    latents = len(result["latents"])
-    mean = effects.mean()
-    if mean.ndim != 3 or mean.shape[0] != latents or mean.shape[2] != effects.group_weights.numel():
+    """What a sweep sets need not be the latents: of vector-quantised codes it is the channels of all of them."""
+    mean, latents = effects.mean(), len(result["latents"])
+    of = effects.dims[-3] if len(effects.dims) > 2 else "nothing"
+    if mean.ndim != 3 or mean.shape[2] != effects.group_weights.numel() or (of == "latent" and len(mean) != latents):
         raise ValueError(f"its tensor has shape {tuple(mean.shape)}, for {latents} latents")
-    if len(effects.coords["step"]) != mean.shape[1] or not mean.isfinite().all():
+    sizes = [len(effects.coords[dim]) for dim in effects.dims[-3:-1]]
+    if sizes != list(mean.shape[:2]) or not mean.isfinite().all():
         raise ValueError("its numbers do not fit together")
 
 

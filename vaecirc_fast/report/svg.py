@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
 import struct
 import zlib
@@ -13,22 +14,29 @@ import numpy as np
 from markupsafe import escape
 
 CHARACTER = 5.7  # width of a character of a figure's text, about
+_FINE = {"opacity", "stroke-width"}
+SHADES = 64  # of the palette: more are not told apart, and each picture has its own
 
 
 def tag(name: str, body: str = "", **attributes: Any) -> str:
-    """An element; `cls` is its class, underscores in names become hyphens, numbers keep two decimals."""
+    """An element; `cls` is its class, underscores in names become hyphens. Places keep one decimal, tenths of a pixel;
+    what is finer than places keeps two.
+    """
     written = []
     for key, value in attributes.items():
         if value is None:
             continue
         key = "class" if key == "cls" else key.replace("_", "-")
-        value = f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
+        if isinstance(value, float):
+            value = f"{value:.{2 if key in _FINE else 1}f}".rstrip("0").rstrip(".")
         written.append(f' {key}="{escape(str(value))}"')
     return f"<{name}{''.join(written)}>{body}</{name}>" if body else f"<{name}{''.join(written)}/>"
 
 
 def text(x: float, y: float, words: str, anchor: str = "start", cls: str | None = None, **attributes: Any) -> str:
-    return tag("text", str(escape(words)), x=float(x), y=float(y), text_anchor=anchor, cls=cls, **attributes)
+    """Words at a place. `anchor`, "start", "middle" or "end", is a class: a page has thousands of words."""
+    cls = " ".join(name for name in (cls, {"middle": "mid", "end": "end"}.get(anchor)) if name) or None
+    return tag("text", str(escape(words)), x=float(x), y=float(y), cls=cls, **attributes)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, cls: str | None = None, **attributes: Any) -> str:
@@ -162,11 +170,22 @@ def png(pixels: np.ndarray, palette: np.ndarray | None = None) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
+def photo(pixels: np.ndarray, quality: int = 80) -> str:
+    """A data address of pixels (H, W) or (H, W, 3) uint8: a JPEG, or a PNG where there are few shades."""
+    from PIL import Image
+
+    if len(np.unique(pixels)) <= 16:
+        return png(pixels)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+
+
 # White to dark blue, of one hue: ordered for every kind of colour vision, and in grey when printed.
 _SEQUENTIAL = ("#ffffff", "#deebf7", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b")
 
 
-def sequential_palette(n: int = 256) -> np.ndarray:
+def sequential_palette(n: int = SHADES) -> np.ndarray:
     """(n, 3) uint8 from white to dark blue."""
     anchors = np.array([[int(c[k : k + 2], 16) for k in (1, 3, 5)] for c in _SEQUENTIAL], float)
     at = np.linspace(0, len(anchors) - 1, n)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..metrics.statistics import Estimate
 from .aggregate import Cell, Group
+from .latents import ordered_latents, quantised
 from .results import GRIDS, Run
 from .words import NOTHING, counted, data_name, decimals, duration, interval, listed, model_name, number, plain
 
@@ -173,37 +174,55 @@ def _single(found: Mapping[str, Any] | None, places: Places, data: str, name: st
 
 @dataclass(frozen=True)
 class LatentTable:
-    """The latents of one run: `rows` of (name, active, cells)."""
+    """The latents of one run: `heads` of (name, unit), `rows` of (name, active, cells)."""
 
     title: str
     mark: str
+    heads: Sequence[tuple[str, str]]
     rows: Sequence[tuple[str, bool, Sequence[Printed]]]
 
 
 def latent_table(group: Group) -> LatentTable:
-    """Each latent of the shown run: share, scale, the three CES and specificity, with intervals over images."""
+    """Each latent of the shown run: share, scale, the three CES and specificity, with intervals over images; of slots
+    the number of codes in place of a scale, and the CES that they have."""
     run = group.shown
-    ces = {grid: _ces(run, grid) for grid in GRIDS}
-    by_latent = {row["latent"]: row for row in run.result["latents"]}
-    columns: list[dict[int, tuple[float | None, float | None, float | None]]] = [
-        {i: (row.get("share"), None, None) for i, row in by_latent.items()},
-        {i: (row.get("scale"), None, None) for i, row in by_latent.items()},
-        ces["fixed"],
-        {i: _triple(row, "ces_posterior") for i, row in by_latent.items()},
-        ces["resample"],
-        {i: _triple(row, "specificity") for i, row in by_latent.items()},
-    ]
+    by_latent = {row["latent"]: row for row in ordered_latents(run)}
+    heads, columns = [], []
+    for head, unit, key in _SLOTS if quantised(run) else _LATENTS:
+        heads.append((head, unit))
+        if key in GRIDS:
+            columns.append(_ces(run, key))
+        else:
+            columns.append({i: _triple(row, key) for i, row in by_latent.items()})
     places = [decimals(v for v, _, _ in column.values()) for column in columns]
-    order = sorted(by_latent, key=lambda i: -(by_latent[i].get("ces_posterior") or 0.0))
     rows = []
-    for i in order:
+    for i in by_latent:
         cells = []
         for column, p in zip(columns, places, strict=True):
             value, low, high = column.get(i, (None, None, None))
             cells.append(Printed(number(value, p), interval(low, high, p)))
         rows.append((str(i), bool(by_latent[i]["active"]), cells))
     title = f"{group.data}, {group.label}, seed {run.seed}"
-    return LatentTable(title, "" if run.trained else "not trained", rows)
+    return LatentTable(title, "" if run.trained else "not trained", heads, rows)
+
+
+# Head, unit, and the key in a latent's row or the grid that a column is made from.
+_LATENTS = (
+    ("share", "dimensionless", "share"),
+    ("scale s", "units of z", "scale"),
+    ("CES, raw", "intensity per unit of z", "fixed"),
+    ("CES, posterior", "intensity per posterior sd", "ces_posterior"),
+    ("CES, resample", "intensity", "resample"),
+    ("Specificity", "image cells", "specificity"),
+)
+_SLOTS = (
+    ("share", "images without the most used code", "share"),
+    ("codes in use", "exp(entropy)", "codes"),
+    ("CES, code swap", "intensity", "ces_code_swap"),
+    ("CES, nearest codes", "intensity", "ces_code_neighbour"),
+    ("CES, resample", "intensity", "ces_resample"),
+    ("Specificity", "image cells", "specificity"),
+)
 
 
 def _triple(row: Mapping[str, Any], key: str) -> tuple[float | None, float | None, float | None]:
@@ -212,7 +231,7 @@ def _triple(row: Mapping[str, Any], key: str) -> tuple[float | None, float | Non
 
 def _ces(run: Run, grid: str) -> dict[int, tuple[float | None, float | None, float | None]]:
     effects = run.effects(grid)
-    if effects is None:
+    if effects is None or "latent" not in effects.dims:  # channels of all codes have no row in the table of latents
         return {}
     return {int(r["latent"]): (r["ces"], r["low"], r["high"]) for r in effects.ces().to_dict("records")}
 

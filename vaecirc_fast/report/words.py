@@ -19,6 +19,9 @@ METRICS = {
     "ces_raw": "CES, raw",
     "ces_posterior": "CES, posterior",
     "ces_resample": "CES, resample",
+    "ces_z_q": "CES, moved codes",
+    "ces_code_swap": "CES, code swap",
+    "ces_code_neighbour": "CES, nearest codes",
     "specificity": "Specificity (image cells)",
     "circuit_q": "Circuit Q",
     "circuit_modularity": "Circuit modularity",
@@ -37,9 +40,49 @@ METRICS = {
     "wasserstein_correlation_normalised": "Wasserstein correlation, normalised",
     "mean_pairwise_mi": "Mean pairwise MI",
 }
-_MODELS = {"vae": "VAE", "beta_vae": "β-VAE"}
-_DATA = {"dsprites": "dSprites", "digits": "Digits"}
-_LETTERS = {"beta": "β", "gamma": "γ", "lambda": "λ"}
+_MODELS = {
+    "vae": "VAE",
+    "beta_vae": "β-VAE",
+    "annealed_vae": "Annealed VAE",
+    "factor_vae": "FactorVAE",
+    "beta_tcvae": "β-TCVAE",
+    "dip_vae_i": "DIP-VAE-I",
+    "dip_vae_ii": "DIP-VAE-II",
+    "vq_vae": "VQ-VAE",
+}
+_DATA = {
+    "dsprites": "dSprites",
+    "digits": "Digits",
+    "shapes3d": "3D Shapes",
+    "shapes3d_like": "3D-Shapes-like",
+    "mpi3d": "MPI3D",
+    "mpi3d_like": "MPI3D-like",
+    "smallnorb": "SmallNORB",
+    "norb_like": "NORB-like",
+    "celeba": "CelebA",
+    "faces_like": "Faces-like",
+    "scm_sprites": "SCM sprites",
+}
+_LETTERS = {
+    "beta": "β",
+    "gamma": "γ",
+    "lambda": "λ",
+    "lambda_od": "λ_od",
+    "lambda_d": "λ_d",
+    "capacity": "C",
+    "codes": "K",
+    "code_width": "D",
+}
+# The options that name an architecture; the others are in the methods, and in a label where runs differ in them.
+_NAMING = {
+    "beta_vae": ("beta",),
+    "annealed_vae": ("gamma", "capacity"),
+    "factor_vae": ("gamma",),
+    "beta_tcvae": ("beta",),
+    "dip_vae_i": ("lambda_od", "lambda_d"),
+    "dip_vae_ii": ("lambda_od", "lambda_d"),
+    "vq_vae": ("codes",),
+}
 
 
 def metric_name(name: str) -> str:
@@ -50,11 +93,25 @@ def data_name(name: str) -> str:
     return _DATA.get(name, name)
 
 
+def architecture_name(name: str) -> str:
+    return _MODELS.get(name, name.replace("_", " "))
+
+
+def option_name(name: str) -> str:
+    return _LETTERS.get(name, name.replace("_", " "))
+
+
+def naming_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are part of the architecture's name; all of an architecture that is not known here."""
+    options = config.get("options", {})
+    wanted = _NAMING.get(config["architecture"], tuple(options))
+    return {key: options[key] for key in wanted if key in options}
+
+
 def model_name(config: Mapping[str, Any]) -> str:
-    """The architecture and its options: "β-VAE (β = 4)"."""
-    name = config["architecture"]
-    options = ", ".join(f"{_LETTERS.get(k, k)} = {plain(v)}" for k, v in config.get("options", {}).items())
-    return str(_MODELS.get(name, name.replace("_", " "))) + (f" ({options})" if options else "")
+    """The architecture and the options that name it: "β-VAE (β = 4)"."""
+    options = ", ".join(f"{option_name(k)} = {plain(v)}" for k, v in naming_options(config).items())
+    return architecture_name(config["architecture"]) + (f" ({options})" if options else "")
 
 
 def decimals(values: Iterable[float | None], digits: int = 3) -> int:
@@ -91,6 +148,11 @@ def _end(value: float, places: int) -> str:
     return number(round(value, places), places)
 
 
+def probability(p: float) -> str:
+    """ "= 0.031", or "< 0.001"."""
+    return "< 0.001" if p < 0.001 else f"= {p:.2g}" if p >= 0.01 else f"= {p:.1g}"
+
+
 def plain(value: Any) -> str:
     """A setting as one writes it: 4.0 is 4, 10000 is 10,000, true is yes, nothing is a dash."""
     if value is None or value == "" or value == () or value == []:
@@ -102,7 +164,7 @@ def plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}".replace("-", "−")
     if isinstance(value, Mapping):
-        return ", ".join(f"{_LETTERS.get(k, k)} = {plain(v)}" for k, v in value.items()) or NOTHING
+        return ", ".join(f"{option_name(k)} = {plain(v)}" for k, v in value.items()) or NOTHING
     if isinstance(value, list | tuple):
         return ", ".join(plain(v) for v in value)
     return str(value)

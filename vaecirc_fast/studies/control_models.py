@@ -32,10 +32,15 @@ def reinitialised(model: nn.Module, seed: int, part: str | None = None) -> Any:
 
 
 def half_frozen(model: nn.Module, seed: int, anew: str) -> Any:
-    """A copy of a VAE whose child `anew` is drawn anew from `seed`, and whose other half does not train."""
+    """A copy of a VAE whose child `anew` is drawn anew from `seed`, and whose other half does not train.
+
+    A discriminator is drawn anew and trains with either half: it belongs to the objective, not to the model.
+    """
     twin = reinitialised(model, seed, anew)
+    if hasattr(model, "discriminator"):
+        twin = reinitialised(twin, seed, "discriminator")
     for name, parameter in twin.named_parameters():
-        parameter.requires_grad_(name.startswith(f"{anew}."))
+        parameter.requires_grad_(name.startswith((f"{anew}.", "discriminator.")))
     return twin
 
 

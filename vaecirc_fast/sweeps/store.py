@@ -79,8 +79,11 @@ class RunStore:
         return found
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the store; InputError if another process does, or if the directory cannot be made or written."""
+    def lock(self) -> Iterator[int]:
+        """Hold the store; the file descriptor that holds it, for processes to inherit.
+
+        InputError if another process does, or if the directory cannot be made or written.
+        """
         file = self.root / ".lock"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -92,7 +95,7 @@ class RunStore:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system however this process ends
             except OSError as error:
                 raise InputError(f"out: another process is working in {self.root}; wait for it to end") from error
-            yield
+            yield handle.fileno()
 
 
 def _plain(config: Mapping[str, Any]) -> Any:

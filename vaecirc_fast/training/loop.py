@@ -69,6 +69,8 @@ def fit(
     Step s draws its images and its latent noise from a generator seeded with (`seed`, s) alone. So a run that was
     killed and started again with the same arguments ends with the same weights, bit for bit, as one left alone
     (same machine, device and number of threads), provided the model's loss takes all its randomness from `generator`.
+    A model of more `batches` than one draws as many at each step; `Run` counts the images of the first. An adversary
+    (FactorVAE) is updated in the same step, at its own learning rate, to which `schedule` and `warmup` apply alike.
 
     `out`: a directory for `checkpoint.safetensors`, written every `checkpoint_every` steps and resumed from if there,
     and the finished `model.safetensors`. A run that is already finished returns at once. Under the constant schedule
@@ -146,9 +148,12 @@ class _Trainer:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.bf16 = settings.precision == "bf16"
+        groups = model.parameter_groups(settings.lr)
+        groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+        groups = [group for group in groups if group["params"]]
+        self.rates = [group["lr"] for group in groups]  # before the schedule
         self.optimizer = torch.optim.Adam(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=settings.lr,
+            groups,
             fused=self.device.type in ("cpu", "cuda"),  # one pass over memory: a tenth of the step on a CPU
         )
         self.generator = torch.Generator(self.device)
@@ -172,15 +177,14 @@ class _Trainer:
         x = self._batch()
         self.whole = not self.changes_in_forward
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            terms = self.model.loss(x, generator=self.generator)
+            terms = self.model.loss(x, generator=self.generator, step=self.step)
         if self.device.type == "cpu":
             self._check(float(terms["loss"].detach()), self.step + 1)
         self.optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         s = self.settings
-        rate = learning_rate(self.step, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = learning_rate(self.step, lr=rate, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
         self.whole = False
         self.optimizer.step()
         self.step += 1
@@ -209,7 +213,7 @@ class _Trainer:
 
     def _batch(self) -> Tensor:
         self.generator.manual_seed(step_seed(self.settings.seed, self.step))
-        x, _ = self.ds.sample(self.settings.batch_size, generator=self.generator)
+        x, _ = self.ds.sample(self.model.batches * self.settings.batch_size, generator=self.generator)
         x = x.to(self.device, self.dtype, non_blocking=True)
         if self.step == self.first:
             self.model.check_images(x, values=True)  # once per call: on a GPU the loss does not look at values

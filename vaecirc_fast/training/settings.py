@@ -59,7 +59,7 @@ def checked_settings(
     warmup: int,
     precision: str,
 ) -> Settings:
-    """The settings of a run, or InputError naming the argument that is wrong."""
+    """The settings of a run, or InputError naming the argument that is wrong. Tells the model the size of the data."""
     if not isinstance(model, ImageModel):
         raise InputError(f"model: expected one of models.build, got {type(model).__name__}")
     if tuple(model.shape) != tuple(ds.shape):
@@ -72,6 +72,7 @@ def checked_settings(
         raise InputError(f"lr: expected a positive number, got {lr!r}")
     if schedule not in SCHEDULES:
         raise InputError(f"schedule: unknown {schedule!r}; known are {', '.join(SCHEDULES)}")
+    model.prepare(len(ds))
     return Settings(
         model=model.config(),
         data=ds.name,

@@ -59,8 +59,8 @@ def spearman(
 ) -> Inference:
     """Spearman's rank correlation, ties at mean ranks; arguments, result and errors as `pearson`.
 
-    The interval is Fisher's with variance (1 + r^2 / 2) / (n - 3) (Bonett & Wright 2000). Below 8 rows p goes through
-    all n! orders.
+    The interval is Fisher's with variance (1 + r^2 / 2) / (n - 3) (Bonett & Wright 2000); of ranks in perfect order, at
+    r halfway to the next value that n ranks can have. Below 8 rows p goes through all n! orders.
     """
     blocked = _blocked(x, permute, within)
     return _correlation("spearman", x, y, blocked, interval, replicates, seed, level, resampled)
@@ -292,9 +292,11 @@ def _solve(problem: _Problem, replicates: int, seed: int, level: float, resample
     else:
         p, tested = _permuted(a, b, problem.basis, blocked, replicates, seed)
     notes = []
+    # Ranks in perfect order would make the interval a point, or a jackknife of atanh r unbounded.
+    near = _within_order(r, n) if problem.method == "spearman" else r
     if problem.blocked is not None and problem.blocked.count < n:
         units = problem.blocked.count
-        low, high = _jackknife(problem, r, level)
+        low, high = _jackknife(problem, near, level)
         how = f"jackknife over {resampled}"
         if math.isinf(low):
             notes.append(f"{units} {resampled} cannot bound it")
@@ -302,11 +304,11 @@ def _solve(problem: _Problem, replicates: int, seed: int, level: float, resample
         units = n
         error = math.inf if n - k - 3 < 1 else 1 / math.sqrt(n - k - 3)
         error *= math.sqrt(1 + r * r / 2) if problem.method == "spearman" else 1
-        low, high = _fisher(r, error * float(stats.norm.ppf((1 + level) / 2)))
+        low, high = _fisher(near, error * float(stats.norm.ppf((1 + level) / 2)))
         how = "Fisher's interval"
     if units < FEW:
         notes.append(few_note(units, resampled))
-    low, high = max(low, -1.0), min(high, 1.0)
+    low, high = max(min(low, r), -1.0), min(max(high, r), 1.0)
     name = problem.method.capitalize() + (" partial" if k else "")
     return Inference(r, low, high, level, "", resampled, units, p, f"{name}, {how}, {tested}", "; ".join(notes))
 
@@ -336,9 +338,17 @@ def _jackknife(problem: _Problem, r: float, level: float) -> tuple[float, float]
     left = np.array([problem.rows(units != unit) for unit in range(count)])
     if not np.isfinite(left).all():
         return -math.inf, math.inf
+    if problem.method == "spearman":
+        left = np.array([_within_order(v, int((units != unit).sum())) for unit, v in enumerate(left)])
     z = np.arctanh(np.clip(left, -1 + 1e-15, 1 - 1e-15))
     error = math.sqrt((count - 1) / count * float(((z - z.mean()) ** 2).sum()))
     return _fisher(r, t_quantile(level, count - 1) * error)
+
+
+def _within_order(r: float, n: int) -> float:
+    """r no nearer to +-1 than halfway to the next value that a correlation of n ranks can have."""
+    most = 1 - 6 / (n * (n * n - 1))
+    return max(-most, min(most, r))
 
 
 def _fisher(r: float, half: float) -> tuple[float, float]:

@@ -185,7 +185,7 @@ class _Work:
 
     @functools.cached_property
     def codes(self) -> tuple[Tensor, Tensor | None]:
-        """Posterior means and log-variances (N, L) of the model itself."""
+        """Posterior means and log-variances (N, L) of the model itself; None for codes without a posterior."""
         with torch.no_grad():
             return self.on.codes(self.model_itself)
 
@@ -194,7 +194,7 @@ class _Work:
         """The sd of the model's posteriors, root mean square over the images that it is judged on: (L,)."""
         logvar = self.codes[1]
         if logvar is None:
-            raise InputError("constant sigma: these codes have no posterior variance; leave this control out")
+            raise InputError("constant sigma: the model's codes have no posterior; leave this control out")
         return logvar.double().exp().mean(0).sqrt()
 
     @functools.cached_property

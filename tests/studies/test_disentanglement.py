@@ -17,6 +17,7 @@ from vaecirc_fast.studies import disentanglement as module
 from vaecirc_fast.studies import image
 from vaecirc_fast.studies.disentanglement import disentanglement
 from vaecirc_fast.studies.judged import judged_images
+from vaecirc_fast.studies.measuring import measure
 
 NAMES = [name for metric in METRICS.values() for name in metric.definitions]
 WITHOUT_LABELS = [name for metric in METRICS.values() if not metric.labels for name in metric.definitions]
@@ -163,7 +164,7 @@ def test_a_study_keeps_them_with_the_codes_that_its_models_are_judged_on(tmp_pat
     image.run(config(tmp_path), progress=False)
     kept = result(tmp_path)
     table = kept["disentanglement"]
-    assert table["images"] == 60 and table["whole_grid"] is False and kept["timing"]["disentanglement"] > 0
+    assert table["images"] == 60 and table["whole_grid"] is False and kept["timing"]["parts"]["disentanglement"] > 0
     model = vf.models.load(next(tmp_path.glob("runs/*/model.safetensors")))
     ds = data.load("digits")
     judged = judged_images(ds, 60, image.EVALUATION_SEED)
@@ -192,6 +193,6 @@ def test_a_study_of_images_without_labels(tmp_path):
     for n in range(12):
         Image.new("L", (8, 8), 20 * n).save(tmp_path / f"{n}.png")
     ds = Folder(tmp_path, side=8)
-    e = image.measure(vf.models.build("vae", ds.shape, 3, net="mlp", width=0.25), ds, images=12, sweep_images=4, seed=0)
+    e = measure(vf.models.build("vae", ds.shape, 3, net="mlp", width=0.25), ds, images=12, sweep_images=4, seed=0)
     found = disentanglement(e.encoded, e.encoded, SEED).found
     assert list(found["trained"]) == WITHOUT_LABELS

@@ -258,7 +258,8 @@ def test_a_report_is_written_again(finished, tmp_path, capsys):
     assert page.read_text() == before and "digits-vae-s0" in before
     assert cli.main(["report", str(out), "--json"]) == 0
     answer = parsed(capsys.readouterr().out)
-    assert answer == {"report": str(page), "runs": json.loads(json.dumps(report.summary(out)))}
+    expected = {"report": str(page), "runs": report.summary(out), "findings": report.findings(out)}
+    assert answer == json.loads(json.dumps(expected)) and answer["findings"]["findings"]
 
 
 def test_a_reader_that_closes_early_is_no_crash(finished):

@@ -92,7 +92,7 @@ def test_a_study_leaves_runs_and_a_report(undisturbed):
     each = ["checkpoint", "effects-fixed", "effects-posterior", "effects-resample", "model", "pictures"]
     expected = [f"runs/{run}/{name}.safetensors" for run in runs for name in each]
     expected += [f"runs/{run}/{name}.json" for run in runs for name in ("config", "result")]
-    assert files(undisturbed) == sorted([*expected, ".lock", "report.html", "study.json"])
+    assert files(undisturbed) == sorted([*expected, ".lock", "findings.json", "report.html", "study.json"])
     page = (undisturbed / "report.html").read_text()
     assert all(run in page for run in runs) and len(page) < 3_000_000
     record = strict(undisturbed / "study.json")
@@ -159,7 +159,7 @@ def test_numbers_are_those_of_the_stored_files(undisturbed):
         assert result["metrics"]["specificity"]["value"] == model_specificity(posterior)[0].value
         assert posterior.samples == 8 and posterior.tensor.shape == (3, 8, 64) and posterior.effect == "l1"
         model = vf.models.load(run / "model.safetensors")
-        again = image.measure(model, ds, images=60, sweep_images=8, seed=image.EVALUATION_SEED)
+        again = measuring.measure(model, ds, images=60, sweep_images=8, seed=image.EVALUATION_SEED)
         assert as_json(again.metrics) == result["metrics"] and as_json(again.latents) == result["latents"]
         pictures, _ = read_tensors(run / "pictures.safetensors", "pictures", "")
         assert {name: tuple(t.shape) for name, t in pictures.items()} == {
@@ -174,7 +174,7 @@ def test_the_control_is_the_network_before_training(undisturbed):
     ds = data.load("digits")
     for _, result in RunStore(undisturbed).results():
         fresh = image.build(result["config"], ds, CPU)
-        measured = image.measure(fresh, ds, images=60, sweep_images=8, seed=image.EVALUATION_SEED)
+        measured = measuring.measure(fresh, ds, images=60, sweep_images=8, seed=image.EVALUATION_SEED)
         assert as_json(measured.metrics) == result["control"]["untrained"]
         inputs = manipulation.manipulate(fresh, ds, pairs=4, seed=image.EVALUATION_SEED)
         assert as_json(inputs) == result["inputs"]["untrained"] != result["inputs"]["trained"]
@@ -203,7 +203,7 @@ def test_images_without_labels_have_no_gap_between_them(tmp_path):
         Image.new("L", (8, 8), 20 * n).save(tmp_path / f"{n}.png")
     ds = Folder(tmp_path, side=8)
     model = vf.models.build("vae", ds.shape, 3, net="mlp", width=0.25)
-    measured = image.measure(model, ds, images=12, sweep_images=4, seed=0)
+    measured = measuring.measure(model, ds, images=12, sweep_images=4, seed=0)
     assert measured.metrics["mig"]["value"] is measured.metrics["mig"]["low"] is None
     assert all(measured.metrics[name]["value"] is not None for name in NAMES - {"mig"})
     as_json([measured.metrics, measured.latents, measured.replicates])
@@ -213,7 +213,7 @@ def test_images_without_labels_have_no_gap_between_them(tmp_path):
 
 
 def test_a_second_call_trains_nothing_and_gives_the_same_report(undisturbed, untrainable, monkeypatch, capsys):
-    monkeypatch.setattr(image, "measure", lambda *args, **options: pytest.fail("measured again"))
+    monkeypatch.setattr(image, "examine", lambda *args, **options: pytest.fail("measured again"))
     before = {path: path.stat().st_mtime_ns for path in undisturbed.glob("runs/*/*")}
     page = (undisturbed / "report.html").read_bytes()
     path = image.run(config(undisturbed), progress=True)
@@ -338,7 +338,7 @@ def test_stopped_at_any_write_a_rerun_ends_the_same(undisturbed, tmp_path, monke
     effects = [f"effects-{grid}.safetensors" for grid in ("fixed", "posterior", "resample")]
     assert [name for name in reached if not name.startswith(".")] == [
         *("config.json", "checkpoint.safetensors", "model.safetensors"),
-        *(*effects, "pictures.safetensors", "result.json", "study.json", "report.html"),
+        *(*effects, "pictures.safetensors", "result.json", "study.json", "findings.json", "report.html"),
     ]
     assert results(tmp_path) == expected
     assert not [name for name in files(tmp_path) if name.endswith(".tmp")]

@@ -145,5 +145,5 @@ def test_as_many_runs_as_work_at_a_time_have_to_fit(monkeypatch):
     runs = [run for _, run in image.plan(config("x"), CPU, SETS)]
     monkeypatch.setattr(memory.memory, "free_bytes", lambda device="cpu": 1.5 * memory.PROCESS)
     memory.check_memory(runs, SETS, 1, CPU)
-    with pytest.raises(InputError, match=r"2 runs at a time, of the largest \(digits, .*lower workers, images \(300\)"):
+    with pytest.raises(InputError, match=r"2 runs at a time, of the largest \(digits, .*lower workers, images \(200\)"):
         memory.check_memory(runs, SETS, 2, CPU)

@@ -300,11 +300,12 @@ def machines(runs: Sequence[Run]) -> list[tuple[str, str]]:
     if times:
         each = duration(min(times)) if len(times) == 1 else f"{duration(min(times))} to {duration(max(times))}"
         rows.append(("training time", f"{each} a run, {duration(sum(times))} in all"))
-    levels = [found for run in runs if (found := run.result.get("timing", {}).get("circuits"))]
-    if levels:
-        parts = ", ".join(f"{part} {duration(max(found[part] for found in levels))}" for part in levels[0])
-        rows.append(("time of the circuits, at most", parts))
-    tables = [t for run in runs if (t := run.result.get("timing", {}).get("disentanglement")) is not None]
-    if tables:
-        rows.append(("time of the disentanglement metrics", f"at most {duration(max(tables))} a run"))
+    measured = [parts for run in runs if (parts := run.result.get("timing", {}).get("parts"))]
+    if measured:
+        whole = [parts["all"] for parts in measured]
+        each = duration(min(whole)) if len(whole) == 1 else f"{duration(min(whole))} to {duration(max(whole))}"
+        rows.append(("time of measuring", f"{each} a run, {duration(sum(whole))} in all"))
+        most = {part: max(found.get(part, 0.0) for found in measured) for part in measured[0] if part != "all"}
+        shown = [f"{part} {duration(seconds)}" for part, seconds in most.items() if seconds >= 0.05]
+        rows.append(("its parts, at most", ", ".join(shown)))
     return rows

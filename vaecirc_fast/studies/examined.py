@@ -61,12 +61,14 @@ class Protocol:
 @dataclass(frozen=True)
 class Examined:
     """`result`: what of a run's result is of its measurement, plain values. `effects` by grid, `pictures` and
-    `circuits` (None where left out): what is kept in files beside it. `seconds`: of each part."""
+    `circuits` (None where left out): what is kept in files beside it. `plans`: how the sweeps were computed, by grid,
+    and the first patch sweep. `seconds`: of each part."""
 
     result: dict[str, Any]
     effects: dict[str, Effects]
     pictures: dict[str, Tensor]
     circuits: dict[str, Tensor] | None
+    plans: dict[str, str] = field(repr=False)
     seconds: dict[str, float] = field(repr=False)
 
     def write(self, directory: Path) -> None:
@@ -156,12 +158,15 @@ def examine(model: Any, untrained: Any | None, ds: Dataset, protocol: Protocol, 
         },
         "definitions": {name: {"unit": unit, "definition": text} for name, (unit, text) in definitions.items()},
     }
-    return Examined(result, measured.effects, measured.pictures, circuits.tensors if circuits else None, seconds)
-
-
-def plans(examined: Examined) -> dict[str, str]:
-    """How the sweeps were computed, by grid."""
-    return {grid: effects.plan for grid, effects in examined.effects.items()}
+    plans = {grid: effects.plan for grid, effects in measured.effects.items()}
+    return Examined(
+        result,
+        measured.effects,
+        measured.pictures,
+        circuits.tensors if circuits else None,
+        plans | ({"patching": circuits.plan} if circuits else {}),
+        seconds,
+    )
 
 
 def _control(untrained: Any, ds: Dataset, p: Protocol) -> _Control:
@@ -207,7 +212,7 @@ class ModelMeasurement:
     @property
     def result(self) -> dict[str, Any]:
         """The result as `vf.report` reads it."""
-        timing = {"training_seconds": None, "sweeps": plans(self.examined), "parts": self.examined.seconds}
+        timing = {"training_seconds": None, "sweeps": self.examined.plans, "parts": self.examined.seconds}
         return {**self.examined.result, "history": [], "machine": self.machine, "timing": timing}
 
     def to_dataframe(self) -> pandas.DataFrame:

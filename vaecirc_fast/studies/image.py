@@ -23,9 +23,9 @@ from ..errors import InputError
 from ..sweeps import RunDirectory, RunStore, run_all
 from ..training.settings import checked_settings
 from . import findings
-from .causal_graphs import recover
+from .causal_graphs import recovered
 from .configuration import PRESETS, Config
-from .examined import EVALUATION_SEED, Protocol, examine, measure_model, plans
+from .examined import EVALUATION_SEED, Protocol, examine, measure_model
 from .memory import check_memory
 from .planning import JUDGED, PROTOCOL, plan
 
@@ -50,6 +50,8 @@ def run(config: Config, progress: bool = True) -> Path:
     runs = [store.run(name, c) for name, c in planned]
     workers = _workers(config, device, sum(not run.done for run in runs))
     check_memory([c for _, c in planned], sets, workers, device)
+    with store.lock():  # nobody else works here, and it can be written
+        pass
     console = report.Console(len(runs), enabled=progress)
     console.begin(str(config), workers)
     if workers > 1:
@@ -110,11 +112,10 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
     protocol = Protocol(**{key: c[key] for key in JUDGED})
     examined = examine(trained.model, build(c, ds, device), ds, protocol, progress is True)
     examined.write(run.path)
-    # a data set of a known causal model
-    recovered = recover(trained.model, ds, seed=EVALUATION_SEED).plain() if hasattr(ds, "graph") else None
+    graphs = recovered(trained.model, build(c, ds, device), ds, seed=EVALUATION_SEED)
     return {
         **examined.result,
-        **({"recovered": recovered} if recovered else {}),
+        **({"recovered": graphs} if graphs else {}),
         "history": trained.history.to_dict("records"),
         "machine": {
             "version": __version__,
@@ -127,7 +128,7 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
         "timing": {
             "training_seconds": seconds,
             "images_per_second": trained.images_per_second if math.isfinite(trained.images_per_second) else None,
-            "sweeps": plans(examined),
+            "sweeps": examined.plans,
             "parts": examined.seconds,
         },
     }

@@ -32,7 +32,7 @@ def test_interface(data):
     assert data.factor_names == ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
     assert data.factor_sizes == SIZES and len(data) == 480_000 and data.complete
     assert not vf.data.takes_root("shapes3d_like")
-    assert words.data_name("shapes3d_like") == "Shapes3D-like"
+    assert words.data_name("shapes3d_like") == "3D-Shapes-like"
     x, v = data.sample(7, torch.Generator().manual_seed(0))
     assert x.shape == (7, 3, 64, 64) and x.dtype == torch.float32 and v.shape == (7, 6)
     assert float(x.min()) >= 0 and float(x.max()) <= 1

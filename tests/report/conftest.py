@@ -92,7 +92,16 @@ def untrained_circuits(tmp_path_factory):
 def small_study(out, **more):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    changes = {"steps": 20, "images": 100, "sweep_images": 8, "pairs": 8, "net": "mlp", "data": ["digits"], **more}
+    changes = {
+        "steps": 20,
+        "images": 100,
+        "sweep_images": 8,
+        "pairs": 8,
+        "net": "mlp",
+        "data": ["digits"],
+        "latents": 10,
+    }
+    changes |= {"architectures": ["vae", "beta_vae"], "options": ["beta_vae.beta=4"], **more}
     settings = {"data": ["digits"], "architectures": ["vae", "beta_vae"], "coverage": "all", "workers": 1} | changes
     image.run(image.Config.preset("smoke", out=out, **settings), progress=False)
     torch.set_num_threads(threads)

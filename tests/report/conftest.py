@@ -127,7 +127,7 @@ def change():
 def study(untrained_study, change, tmp_path):
     """A copy in which three of the four runs count as trained, all but beta_vae's seed 1."""
     out = tmp_path / "study"
-    shutil.copytree(untrained_study, out, ignore=shutil.ignore_patterns("checkpoint*", "model*"))
+    shutil.copytree(untrained_study, out, ignore=shutil.ignore_patterns("checkpoint*", "model*", "findings.json"))
     change(out, "digits-vae-*", lambda result: result.update(trained=True))
     change(out, "digits-beta_vae-s0-*", lambda result: result.update(trained=True))
     return out
@@ -137,7 +137,7 @@ def study(untrained_study, change, tmp_path):
 def circuits(untrained_circuits, change, tmp_path):
     """A copy of the run with circuits that counts as trained."""
     out = tmp_path / "circuits"
-    shutil.copytree(untrained_circuits, out, ignore=shutil.ignore_patterns("checkpoint*", "model*"))
+    shutil.copytree(untrained_circuits, out, ignore=shutil.ignore_patterns("checkpoint*", "model*", "findings.json"))
     change(out, "digits-vae-s0-*", lambda result: result.update(trained=True))
     return out
 

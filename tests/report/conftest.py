@@ -92,7 +92,16 @@ def untrained_circuits(tmp_path_factory):
 def small_study(out, **more):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    changes = {"steps": 20, "images": 100, "sweep_images": 8, "pairs": 8, "net": "mlp", "data": ["digits"], **more}
+    changes = {
+        "steps": 20,
+        "images": 100,
+        "sweep_images": 8,
+        "pairs": 8,
+        "net": "mlp",
+        "data": ["digits"],
+        "latents": 10,
+    }
+    changes |= {"architectures": ["vae", "beta_vae"], "options": ["beta_vae.beta=4"], **more}
     settings = {"data": ["digits"], "architectures": ["vae", "beta_vae"], "coverage": "all", "workers": 1} | changes
     image.run(image.Config.preset("smoke", out=out, **settings), progress=False)
     torch.set_num_threads(threads)
@@ -118,7 +127,7 @@ def change():
 def study(untrained_study, change, tmp_path):
     """A copy in which three of the four runs count as trained, all but beta_vae's seed 1."""
     out = tmp_path / "study"
-    shutil.copytree(untrained_study, out, ignore=shutil.ignore_patterns("checkpoint*", "model*"))
+    shutil.copytree(untrained_study, out, ignore=shutil.ignore_patterns("checkpoint*", "model*", "findings.json"))
     change(out, "digits-vae-*", lambda result: result.update(trained=True))
     change(out, "digits-beta_vae-s0-*", lambda result: result.update(trained=True))
     return out
@@ -128,7 +137,7 @@ def study(untrained_study, change, tmp_path):
 def circuits(untrained_circuits, change, tmp_path):
     """A copy of the run with circuits that counts as trained."""
     out = tmp_path / "circuits"
-    shutil.copytree(untrained_circuits, out, ignore=shutil.ignore_patterns("checkpoint*", "model*"))
+    shutil.copytree(untrained_circuits, out, ignore=shutil.ignore_patterns("checkpoint*", "model*", "findings.json"))
     change(out, "digits-vae-s0-*", lambda result: result.update(trained=True))
     return out
 

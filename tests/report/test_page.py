@@ -274,7 +274,7 @@ def test_metric_definitions_and_units_are_on_the_page(study, page):
 def test_the_table_and_the_summary(study):
     table = report.table(study)
     lines = table.splitlines()
-    assert all(len(line) <= 100 for line in lines[:-3])
+    assert max(map(len, lines[:-3])) <= 105, max(lines[:-3], key=len)
     runs = [results(study)[f"digits-vae-s{seed}"] for seed in (0, 1)]
     mean = np.mean([run["metrics"]["ces_posterior"]["value"] for run in runs])
     line = next(line for line in lines if "CES, posterior" in line)

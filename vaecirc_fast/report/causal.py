@@ -37,6 +37,14 @@ def measured(groups: Sequence[Group]) -> list[Group]:
     return [group for group in groups if all(KEY in run.result for run in group.runs)]
 
 
+def _found(run: Run, state: str = "trained") -> Mapping[str, Any]:
+    """What was recovered through the trained or the untrained network; empty for a control that was not."""
+    found = run.result[KEY]
+    if "trained" in found:
+        return found.get(state, {})
+    return found if state == "trained" else {}
+
+
 def graphs(data: str, groups: Sequence[Group]) -> Figure:
     """Truth, and direct effects at the data and at the latents, as matrices side by side."""
     panels = []
@@ -45,7 +53,7 @@ def graphs(data: str, groups: Sequence[Group]) -> Figure:
         run = group.shown
         title = f"{group.data}, {group.label}, seed {run.seed}"
         panels.append(Panel(title, _drawn(run, top, title), "" if run.trained else "not trained"))
-    threshold = groups[0].shown.result[KEY]["trained"]["threshold"]
+    threshold = _found(groups[0].shown)["threshold"]
     caption = Markup(
         "Row a, column b: whether factor a acts on factor b. Truth: the edges of the model that made the data. Beside "
         "it "
@@ -62,7 +70,7 @@ def graphs(data: str, groups: Sequence[Group]) -> Figure:
 
 
 def _top(run: Run) -> float:
-    found = run.result[KEY]["trained"]
+    found = _found(run)
     sizes = [np.abs(_matrix(found[level]["direct"]["effect"])) for level in LEVELS if found[level]]
     return svg.rounded_up(max((float(np.nanmax(size)) for size in sizes), default=1.0))
 
@@ -72,7 +80,7 @@ def _matrix(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
 
 
 def _drawn(run: Run, top: float, what: str) -> str:
-    found = run.result[KEY]["trained"]
+    found = _found(run)
     names, truth = found["factors"], np.array(found["truth"], dtype=bool)
     blocks: list[tuple[str, np.ndarray | None, np.ndarray]] = [("truth", truth * top, truth)]
     for level, words in LEVELS.items():
@@ -126,7 +134,7 @@ def scores(groups: Sequence[Group]) -> list[tuple[str, list[Score]]]:
     for group in groups:
         for level, where in LEVELS.items():
             for kind, what in KINDS.items():
-                if any(run.result[KEY]["trained"][level] for run in _runs(group)):
+                if any(_found(run)[level] for run in _runs(group)):
                     row = Score(_name(group), f"{where}, {what}", _cells(group, level, kind))
                     found.setdefault(group.data, []).append(row)
     return list(found.items())
@@ -136,7 +144,7 @@ def left_out(groups: Sequence[Group]) -> list[str]:
     """Why there is no graph at the latents, of the configurations that have none."""
     said = []
     for group in groups:
-        for why in dict.fromkeys(run.result[KEY]["trained"]["left_out"] for run in group.runs):
+        for why in dict.fromkeys(_found(run)["left_out"] for run in group.runs):
             said += [f"{group.data}, {group.label}, at the latents: {why}"] if why else []
     return said
 
@@ -155,9 +163,9 @@ def _cells(group: Group, level: str, kind: str) -> list[Printed]:
     cells = []
     for metric in ("shd", "auroc"):
         for state in ("trained", "untrained"):
-            entries = [run.result[KEY][state][level].get(kind, {}).get(metric) for run in _runs(group)]
+            entries = [_found(run, state).get(level, {}).get(kind, {}).get(metric) for run in _runs(group)]
             cells.append(_over([entry for entry in entries if entry]))
-        entries = [run.result[KEY]["trained"][level].get(kind, {}).get(metric) for run in _runs(group)]
+        entries = [_found(run)[level].get(kind, {}).get(metric) for run in _runs(group)]
         cells.append(_null([entry for entry in entries if entry]))
     return cells
 

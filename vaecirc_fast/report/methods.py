@@ -134,7 +134,13 @@ def _architectures(runs: Sequence[Run]) -> list[Architecture]:
         ]
         objective, reference = OBJECTIVES.get(name, (Markup("as its documentation says"), "–"))
         rows.append(
-            Architecture(architecture_name(name), objective, "; ".join(options) or "none", reference, str(len(members)))
+            Architecture(
+                architecture_name(name),
+                objective,
+                "; ".join(options) or ("none" if name == "vae" else "its defaults"),
+                reference,
+                str(len(members)),
+            )
         )
     return rows
 
@@ -234,7 +240,9 @@ def _interventions(runs: Sequence[Run]) -> list[str]:
             )
     if any("recovered" in run.result for run in runs):
         members = [run for run in runs if "recovered" in run.result]
-        images = differing(members, lambda run: run.result["recovered"]["trained"]["images"])
+        images = differing(
+            members, lambda run: run.result["recovered"].get("trained", run.result["recovered"])["images"]
+        )
         said.append(
             f"On data with a known causal graph, that graph was recovered from interventions on {images} images a "
             f"cause, "

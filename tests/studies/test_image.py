@@ -20,7 +20,7 @@ from vaecirc_fast.data.folder import Folder
 from vaecirc_fast.errors import InputError
 from vaecirc_fast.interventions import Effects
 from vaecirc_fast.metrics import model_ces, model_specificity
-from vaecirc_fast.studies import image, manipulation
+from vaecirc_fast.studies import image, manipulation, measuring
 from vaecirc_fast.studies.image import Config
 from vaecirc_fast.studies.judged import judged_images
 from vaecirc_fast.sweeps import RunStore

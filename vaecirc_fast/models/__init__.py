@@ -49,10 +49,11 @@ def names() -> tuple[str, ...]:
     return tuple(_MODELS)
 
 
-def options(name: str) -> tuple[str, ...]:
-    """The options that model `name` has of its own, beside those that all have."""
+def options(name: str) -> dict[str, Any]:
+    """The options that model `name` has of its own, beside those that all have, with their default values."""
     shared = inspect.signature(VAE).parameters
-    return tuple(option for option in inspect.signature(_MODELS[name]).parameters if option not in shared)
+    own = inspect.signature(_MODELS[name]).parameters
+    return {option: parameter.default for option, parameter in own.items() if option not in shared}
 
 
 def build(

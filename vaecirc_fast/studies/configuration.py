@@ -163,7 +163,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "circuit_pairs": 2,
         "circuit_units": 8,
     },
-    "quick": {},
+    "quick": {"options": ("beta_tcvae.beta=4",)},
     "standard": {
         "seeds": 3,
         "steps": 20_000,

@@ -116,6 +116,7 @@ def one_run(run: RunDirectory, ds: data.Dataset, device: torch.device, progress:
     return {
         **examined.result,
         **({"recovered": graphs} if graphs else {}),
+        "dataset": {"images": len(ds), "shape": list(ds.shape)},
         "history": trained.history.to_dict("records"),
         "machine": {
             "version": __version__,

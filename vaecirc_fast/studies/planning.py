@@ -57,7 +57,7 @@ def plan(config: Config, device: torch.device, sets: Mapping[str, data.Dataset])
             "official": config.root(name) is not None,
             **({"contents": sets[name].contents} if sets[name].contents else {}),
             "architecture": architecture,
-            "options": options.get(architecture, {}),
+            "options": _defaults(architecture) | options.get(architecture, {}),
             **{key: getattr(config, key) for key in VARIABLE},
             "device": device.type,
         }
@@ -136,6 +136,11 @@ def _varied(
                 varied = {**base, axis.name: value}
             if varied != base:
                 yield f"-{axis.name}{_text(value)}", varied
+
+
+def _defaults(architecture: str) -> dict[str, Any]:
+    """The architecture's options but for those that only the data can tell."""
+    return {option: value for option, value in models.options(architecture).items() if value is not None}
 
 
 def _wanted(label: str, patterns: tuple[str, ...]) -> bool:

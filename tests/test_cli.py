@@ -150,7 +150,7 @@ def test_options_reach_the_configuration(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(image, "run", run)
     monkeypatch.setattr(report, "summary", lambda out: [])
     assert cli.main(["study", "image"]) == 0
-    assert asked[-1] == (image.Config(), True)
+    assert asked[-1] == (image.Config.preset("quick"), True)
     file = tmp_path / "my.json"
     file.write_text(json.dumps({"steps": 5, "lr": 0.5, "only": ["*s0"]}))
     options = ["--preset", "smoke", "--config", str(file), "--steps", "6", "--data", "digits", "dsprites", "--json"]

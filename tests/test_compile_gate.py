@@ -1,7 +1,9 @@
 """Every Triton kernel compiles for GPUs without spills, to the instructions that it names; and the gate can fail."""
 
 import dataclasses
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,11 +23,27 @@ def test_every_kernel_has_cases(file):
     assert not lacking, lacking
 
 
+@pytest.fixture(scope="module")
+def gates(request):
+    """(file, capability) -> the future of its results: a process each, as many at a time as there are cores."""
+    chosen = [item.callspec.params for item in request.session.items if "capability" in _parameters(item)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {
+            (p["file"], p["capability"]): pool.submit(compile_gate.compiled, p["capability"], [p["file"]])
+            for p in chosen
+            if not compile_gate.missing(p["file"])
+        }
+
+
+def _parameters(item):
+    return item.callspec.params if item.module.__name__ == __name__ and hasattr(item, "callspec") else {}
+
+
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=deep), 90, pytest.param(100, marks=deep)])
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_kernels_compile_without_spills(file, capability):
+def test_kernels_compile_without_spills(file, capability, gates):
     assert not compile_gate.missing(file), "it has no cases"
-    results = compile_gate.compiled(capability, [file])
+    results = gates[file, capability].result()
     assert [r.name for r in results] == [launch.name for launch in compile_gate.launches(file)]
     faults = [f"{r.name}, sm_{capability}: {fault}" for r in results for fault in r.faults()]
     assert not faults, "\n".join(faults)

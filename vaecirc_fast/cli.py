@@ -16,7 +16,7 @@ from .errors import BackendError, InputError, MissingExtra, RunFailed, TrainingD
 
 USAGE = """usage: vaecirc COMMAND ...
 
-  vaecirc study image --preset smoke|quick [--config FILE] [--out DIR] [--FIELD VALUE ...]
+  vaecirc study image --preset smoke|quick|standard|paper [--config FILE] [--out DIR] [--FIELD VALUE ...]
                                             train, intervene, measure, report; finished runs are skipped
   vaecirc report DIR [--open]               write DIR/report.html again from the finished runs
   vaecirc doctor                            what runs here and what does not, and why

@@ -15,7 +15,7 @@ $(VENV)/built: pyproject.toml constraints.txt setup.py $(SOURCES)
 	$(PIP) --no-build-isolation --editable '.[xarray,arrow,graph,test,lint]'
 	touch $@
 
-# Train, intervene, measure, report: a few minutes on two cores. A GPU is used where there is one.
+# The image study at its quick preset: about half an hour on two cores. A GPU is used where there is one.
 study: $(VENV)/built
 	$(BIN)/vaecirc study image --preset quick --out runs/image
 

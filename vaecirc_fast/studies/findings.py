@@ -11,7 +11,7 @@ from .architectures import clearing, differences, no_overall_winner
 from .associations import ces_dci
 from .claims import Finding, Table
 from .mechanisms import capacity, isolation, vq_continuous_discrete
-from .recommend import METRICS, Recommendation, recommend
+from .recommendation import METRICS, Recommendation, recommend
 from .result_table import result_table
 
 __all__ = ["FILE", "Finding", "Recommendation", "findings", "recommend", "result_table", "write"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from planted_tables import ARCHITECTURES, DATA, put, result_frame
 
 from vaecirc_fast.errors import InputError
-from vaecirc_fast.studies.recommend import recommend
+from vaecirc_fast.studies.recommendation import recommend
 
 
 def scored(score, noise=0.0):

@@ -95,10 +95,11 @@ def _unit(group: Group, metric: str) -> str:
 
 def sizes(study: Study) -> tuple[str, str]:
     """How many images models were judged and swept on, in words; by data set where they differ."""
-    return _size(study, "reconstruction"), _size(study, "ces_posterior")
+    return size(study, "mig"), size(study, "ces_resample")
 
 
-def _size(study: Study, metric: str) -> str:
+def size(study: Study, metric: str) -> str:
+    """How many images a metric is of, in words; by data set where they differ."""
     found: dict[str, list[str]] = {}
     for run in study.runs:
         n = run.result["metrics"].get(metric, {}).get("n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from .words import (
     number,
     plain,
     probability,
+    prose,
 )
 
 FILE = "findings.json"
@@ -166,12 +166,12 @@ def _row(entry: Mapping[str, Any]) -> Row:
     replicates = f"{plain(n)} {resampled}".strip() if n else resampled
     ps = [(name, entry.get(key)) for name, key in (("p", "p"), ("adjusted p", "p_adjusted"))]
     level, scope = entry.get("level"), _words(entry.get("scope"))
-    uncommon = "" if level in (None, 0.95) else f"{100 * level:g} % interval"
+    uncommon = "" if level in (None, 0.95) else f"{100 * level:.4g} % interval"
     cell = Printed(number(entry["estimate"], p), interval(entry["low"], entry["high"], p))
     return Row(
         str(entry["id"]),
-        _named(str(entry["claim"]), scope),
-        _named(str(entry.get("quantity") or ""), scope),
+        prose(str(entry["claim"])),
+        prose(str(entry.get("quantity") or "")),
         "; ".join(words for words in (str(entry.get("unit") or ""), uncommon) if words),
         cell,
         entry["verdict"],
@@ -179,15 +179,10 @@ def _row(entry: Mapping[str, Any]) -> Row:
         [f"{name} {probability(value)}" for name, value in ps if value is not None],
         "" if scope == EVERYWHERE else data_name(scope),
         _words(entry.get("yardstick")),
-        [str(note) for note in entry.get("notes") or ()],
+        [prose(str(note)) for note in entry.get("notes") or ()],
         scope in ("", EVERYWHERE),
         entry["estimate"] is not None,
     )
-
-
-def _named(words: str, scope: str) -> str:
-    """Words with the name of the data set as a reader knows it."""
-    return re.sub(rf"\b{re.escape(scope)}\b", data_name(scope), words) if scope else words
 
 
 def _words(value: Any) -> str:
@@ -207,7 +202,7 @@ def _recommended(entry: Mapping[str, Any]) -> Recommendation:
         [_held_out(entry.get(key)) for key in ("regret", "random", "gain")],
         str(entry.get("verdict") or "undecided"),
         _of_data_sets(entry.get("regret")),
-        [str(note) for note in entry.get("notes") or ()],
+        [prose(str(note)) for note in entry.get("notes") or ()],
     )
 
 

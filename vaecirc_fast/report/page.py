@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from .._files import write_text
 from . import causal, circuits, disentanglement, figures, inputs, relations
-from .abstract import abstract, sizes
+from .abstract import abstract, size, sizes
 from .aggregate import Group, definitions, groups
 from .circuits import MediationTable
 from .claims import Findings, read_findings
@@ -128,7 +128,11 @@ def _dropped(study: Study, metric: str) -> str:
 
 def _resampled(study: Study) -> str:
     judged, swept = sizes(study)
-    return f"{judged} images for reconstruction and MIG, the {swept} swept ones for CES and specificity"
+    drawn = size(study, "reconstruction")
+    images = f"{judged} images for reconstruction and MIG"
+    if drawn != judged:
+        images = f"{judged} images for MIG, {drawn} for reconstruction"
+    return f"{images}, the {swept} swept ones for CES and specificity"
 
 
 def _tables(

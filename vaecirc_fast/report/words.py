@@ -97,6 +97,13 @@ def architecture_name(name: str) -> str:
     return _MODELS.get(name, name.replace("_", " "))
 
 
+def prose(text: str) -> str:
+    """`text` with data sets and architectures, which it may name as configurations do, by the names readers know."""
+    names = _MODELS | _DATA
+    found = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
+    return re.sub(rf"(?<![\w.])(?:{found})(?![\w=]|\.\w)", lambda match: names[match.group()], text)
+
+
 def option_name(name: str) -> str:
     return _LETTERS.get(name, name.replace("_", " "))
 

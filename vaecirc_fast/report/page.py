@@ -24,7 +24,7 @@ from .results import Study, read
 from .tables import ROWS, LatentTable, Places, latent_table, machines, main_blocks, run_rows, settings, sweep_plans
 from .words import data_name, listed, metric_name, typeset
 
-LIMIT = 2_850_000  # bytes of a page, about: below 3 MB
+LIMIT = 2_940_000  # bytes of a page, less the figures' captions: below 3 MB
 DETAILED = 30  # configurations that figures show
 FEW = 12  # configurations up to which pictures keep their size and every graph stands beside its untrained twin
 SMALL = 48  # pixels of a picture beyond that

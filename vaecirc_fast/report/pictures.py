@@ -63,7 +63,7 @@ def image_rows(
     top = 16.0 if heads else 2.0
     pixels = sheet(images)
     box = {"x": left, "y": top, "width": side * columns, "height": pitch * rows}
-    address = photo(pixels, 80 if max(tall, wide) > 48 else 72)
+    address = photo(pixels, 80 if max(tall, wide) > 48 else 68)
     parts = [tag("image", href=address, preserveAspectRatio="none", cls="pixels", **box)]
     gaps = [f"M{left + side * c:.1f} {top:.0f}v{pitch * rows:.1f}" for c in range(1, columns)]
     gaps += [f"M{left:.0f} {top + pitch * r:.1f}h{side * columns:.1f}" for r in range(1, rows)]

@@ -48,8 +48,10 @@ def run(config: Config, progress: bool = True) -> Path:
         _check_training(c, sets[c["data"]], device)
     store = RunStore(config.out)
     runs = [store.run(name, c) for name, c in planned]
-    workers = _workers(config, device, sum(not run.done for run in runs))
-    check_memory([c for _, c in planned], sets, workers, device)
+    todo = [run for run in runs if not run.done]
+    workers = _workers(config, device, len(todo))
+    if todo:
+        check_memory([run.config for run in todo], sets, workers, device)
     with store.lock():  # nobody else works here, and it can be written
         pass
     console = report.Console(len(runs), enabled=progress)
